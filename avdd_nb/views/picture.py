@@ -84,9 +84,10 @@ class Picture:
     """What every view gives back: a live plotly `figure`, a still `png`, script-free `html` (players), words (`alt`).
 
     `png` is bytes, or a function without arguments that draws them when first needed. Only `alt` is always there.
+    `min_width` (pixels): a report lets a narrow screen scroll sideways instead of squeezing the figure below this.
     """
-    def __init__(self, figure=None, png=None, html: str = '', alt: str = ''):
-        self.figure, self._png, self.html, self.alt = figure, png, html, alt
+    def __init__(self, figure=None, png=None, html: str = '', alt: str = '', min_width: int = 0):
+        self.figure, self._png, self.html, self.alt, self.min_width = figure, png, html, alt, min_width
 
     @property
     def png(self):
@@ -113,9 +114,10 @@ class Picture:
         if self.figure is not None:
             spec = figure_json(self.figure)
             height = int(spec['layout'].get('height') or 360)
-            still = (f'<div class="plot" role="img" aria-label="{esc(self.alt)}" style="min-height:{height}px"></div>'
+            box = f'min-height:{height}px;min-width:{self.min_width}px'
+            still = (f'<div class="plot" role="img" aria-label="{esc(self.alt)}" style="{box}"></div>'
                      f'{json_island(spec)}<noscript>{still}</noscript>')
-        return f'<figure class="picture">{still}{self.html}</figure>'
+        return f'<figure class="picture"><div class="scroll">{still}</div>{self.html}</figure>'
 
     def save(self, path) -> Path:
         "Writes the still (`.png`) or a self-contained page (`.html`)."
