@@ -110,7 +110,8 @@ class Picture:
 
     def as_html(self) -> str:
         "The fragment that a report shows: the live figure (a still for readers without scripts), then the players."
-        still = still_html(self.png, self.alt) if self.png else ''
+        speaks = self.figure is None and self.html
+        still = still_html(self.png, self.alt) if self.png and not speaks else ''
         if self.figure is not None:
             spec = figure_json(self.figure)
             height = int(spec['layout'].get('height') or 360)

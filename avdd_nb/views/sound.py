@@ -65,7 +65,7 @@ def _live(sounds, spec, limits):
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
     n, (at, words) = len(sounds), _hz_ticks(spec)
-    fig = make_subplots(1, n, subplot_titles=[label(name, 40) for name, *_ in sounds], horizontal_spacing=.09 / n,
+    fig = make_subplots(1, n, subplot_titles=[label(name, 28) for name, *_ in sounds], horizontal_spacing=.09 / n,
                         shared_yaxes=True)
     for k, (_, mel, _) in enumerate(sounds):
         hz = np.broadcast_to(band_hz(spec).round().astype(int)[:, None], mel.shape)
@@ -84,8 +84,9 @@ def _still(sounds, spec, limits):
     for ax, (name, mel, _) in zip(axes, sounds):
         shown = ax.imshow(mel, origin='lower', aspect='auto', cmap='magma', vmin=limits[0], vmax=limits[1],
                           extent=(0, mel.shape[1] * spec.hop / spec.sr, -.5, len(mel) - .5))
-        ax.set_title(name[:40])
+        ax.set_title(name if len(name) <= 28 else f'{name[:27]}…')
         ax.set_xlabel('seconds')
+        ax.locator_params(axis='x', nbins=3)
         ax.set_yticks(at, words)
     axes[0].set_ylabel('Hz')
     bar = fig.colorbar(shown, ax=axes, label='dB')
@@ -102,7 +103,7 @@ def sounds_picture(sounds, spec, limits=None):
     html = players_html([player(wave, spec.sr, name) for name, _, wave in sounds if wave is not None])
     names = ', '.join(name for name, *_ in sounds)
     return Picture(_live(sounds, spec, limits), lambda: _still(sounds, spec, limits), html,
-                   f'log-mel spectrogram in dB over seconds and hertz: {names}', min_width=160 + 180 * len(sounds))
+                   f'log-mel spectrogram in dB over seconds and hertz: {names}', min_width=140 + 230 * len(sounds))
 
 # %% ../../nbs/views/sound.ipynb #268c2688
 def hear(x, modality, name='synthetic', limits=None, seed=0):
