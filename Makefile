@@ -22,7 +22,7 @@ test: export SLOW := $(SLOW)
 .PHONY: help demo lab test export readme pictures bench constraints clean
 
 help:  ## show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1|\2/p' Makefile | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s%s\n", $$1, $$2 }' Makefile
 	@echo; echo "  options: PYTHON=python3.12  VENV=.venv  WORKERS=2  SLOW=1 (slow tests too)  NB='nbs/a.ipynb …' (pictures)"
 
 demo: $(VENV)/.installed  ## install if needed, then distil the built-in data and write a report (about 2 minutes)
