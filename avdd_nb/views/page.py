@@ -47,7 +47,7 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 table.facts th { white-space: nowrap; color: var(--soft); padding-left: 0; vertical-align: top; }
 table.facts td { overflow-wrap: anywhere; min-width: 12rem; }
 figure.picture { margin: 1rem 0; }
-figure.picture img { display: block; max-width: 100%; height: auto; }
+figure.picture .scroll > img { display: block; max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .3rem; overflow-wrap: anywhere; }
 .plot { width: 100%; }
 details > summary { cursor: pointer; padding: .4rem 0; color: var(--accent); }
@@ -55,7 +55,6 @@ details > summary { cursor: pointer; padding: .4rem 0; color: var(--accent); }
   margin: .8rem 0; }
 .player { margin: 0; padding: .6rem .7rem; background: var(--card); border-radius: .6rem; }
 .player figcaption { margin: 0 0 .4rem; color: inherit; }
-.player img { width: 100%; height: auto; border-radius: .3rem; margin-bottom: .4rem; }
 .player audio { width: 100%; display: block; }
 @media print { .player audio { display: none; } }
 """

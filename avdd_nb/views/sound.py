@@ -13,16 +13,15 @@ import torch
 
 from ..core import UserError
 from ..data.audio import MelSpec, log_mel, to_wave, wav_bytes
-from .grid import cells, paint, range_of, wall
+from .grid import PAINTERS, cells, paint, range_of, walls
 from .page import esc, label
-from .picture import INK, Picture, canvas, data_uri, plotly_style, png_of, png_of_array, still_html
+from .picture import INK, Picture, canvas, data_uri, plotly_style, png_of, png_of_array
 
-# %% ../../nbs/views/sound.ipynb #eb17a1a9
-def player(wave, sr, name='sound', still=None) -> str:
-    "HTML of a named player for a mono wave (samples,) at `sr` Hz, with an optional still (PNG bytes) above it."
+# %% ../../nbs/views/sound.ipynb #598c34fc
+def player(wave, sr, name='sound', stills=()) -> str:
+    "HTML of a named player for a mono wave (samples,) at `sr` Hz, under `stills`: pairs (PNG bytes, alt text)."
     seconds = len(wave) / sr
-    picture = still_html(still, f'spectrogram of {name}').replace('<img', f'<img style="{_STILL}"') if still else ''
-    return (f'<figure class="player" style="margin:0">{picture}<figcaption>{esc(name)}</figcaption>'
+    return (f'<figure class="player" style="margin:0">{_stills_html(stills)}<figcaption>{esc(name)}</figcaption>'
             f'<audio controls preload="none" style="width:100%" aria-label="{esc(name)}, {seconds:.1f} seconds" '
             f'src="{data_uri(wav_bytes(wave, sr), "audio/wav")}"></audio></figure>')
 
@@ -31,8 +30,14 @@ def players_html(players) -> str:
     grid = 'display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,220px),1fr));gap:12px'
     return f'<div class="players" style="{grid}">{"".join(players)}</div>'
 
-# %% ../../nbs/views/sound.ipynb #e0420990
-_STILL = 'width:100%;max-height:9rem;object-fit:fill;image-rendering:pixelated'
+# %% ../../nbs/views/sound.ipynb #d8cd050b
+def _stills_html(stills):
+    if not stills: return ''
+    last = len(stills) - 1
+    style = lambda k: f'height:100%;{"flex:1;min-width:0" if k == last else "width:auto"};image-rendering:pixelated'
+    images = [f'<img style="{style(k)}" src="{data_uri(png, "image/png")}" alt="{esc(alt)}">'
+              for k, (png, alt) in enumerate(stills)]
+    return f'<div style="display:flex;gap:6px;height:7rem;margin-bottom:6px">{"".join(images)}</div>'
 
 # %% ../../nbs/views/sound.ipynb #11b88b72
 def spec_of(modality) -> MelSpec:
@@ -126,19 +131,36 @@ def compare_sounds(modality, original=None, synthetic=None, name=''):
     if not sounds: raise UserError('there is nothing to compare: give original, synthetic, or both')
     return sounds_picture(sounds, spec)
 
-# %% ../../nbs/views/sound.ipynb #28c35bb7
-def players(source, per_class=1, tiles=True, name=None, max_classes=20, seed=0):
-    """A `Picture` of players by class for a `PairedData` or a synthetic set, `per_class` sounds each, made by Griffin-Lim.
+# %% ../../nbs/views/sound.ipynb #74589d1d
+def players(sources, per_class=1, tiles=True, max_classes=20, seed=0):
+    """A `Picture` of players by class, the sounds made from the spectrograms by Griffin-Lim.
 
-    `name`: the spectrogram modality; by default the first. `tiles` plays what the factor technique decodes.
+    `sources`: a `PairedData`, a synthetic set, or a dict name → one of them, to be heard side by side. `per_class` sounds
+    of each. `tiles` plays what the factor technique decodes.
     """
-    name = name or next((m for m, s in source.modalities.items() if s.kind == 'spectrogram'), None)
-    if name is None: raise UserError(f'none of the modalities {sorted(source.modalities)} is a spectrogram to listen to')
-    part, classes = source.modalities[name], source.classes[:max_classes]
-    picked = cells(source, per_class, tiles, len(classes))[name]
-    spec, x = spec_of(part), torch.cat(picked).detach().cpu().float()
-    titles = [f'{c} {k + 1}' if len(xs) > 1 else str(c) for c, xs in zip(classes, picked) for k in range(len(xs))]
-    waves, stills = to_wave(part.denormalise(x), spec, seed=seed), paint(x, part)
-    cards = [player(w, spec.sr, t, png_of_array(s)) for w, t, s in zip(waves, titles, stills)]
-    still = lambda: wall(source, per_class, tiles, modalities=[name], max_classes=max_classes).png
-    return Picture(None, still, players_html(cards), f'sounds of {len(classes)} classes, one player each')
+    sources = sources if isinstance(sources, dict) else {'': sources}
+    classes = next(iter(sources.values())).classes[:max_classes]
+    rows = [[] for _ in classes]
+    for head, source in sources.items():
+        for row, cards in zip(rows, _cards(source, head, per_class, tiles, classes, seed)): row += cards
+    html = ''.join(f'<h3>{esc(name)}</h3>{players_html(row)}' for name, row in zip(classes, rows))
+    return Picture(None, lambda: walls(sources, per_class, tiles, max_classes=max_classes).png, html,
+                   f'sounds of {len(classes)} classes: {sum(map(len, rows))} players')
+
+# %% ../../nbs/views/sound.ipynb #024368a9
+def _cards(source, head, per_class, tiles, classes, seed):
+    "A list over classes of lists of players."
+    specs = {m: s for m, s in source.modalities.items() if s.kind in PAINTERS}
+    sound = next((m for m, s in specs.items() if s.kind == 'spectrogram'), None)
+    if sound is None: raise UserError(f'none of the modalities {sorted(source.modalities)} is a spectrogram to listen to')
+    order = sorted(specs, key=lambda m: m == sound)[-2:]
+    picked, spec = cells(source, per_class, tiles, len(classes)), spec_of(specs[sound])
+    counts = [len(x) for x in picked[sound]]
+    x = {m: torch.cat(picked[m]).detach().cpu().float() for m in order}
+    waves = to_wave(specs[sound].denormalise(x[sound]), spec, seed=seed)
+    shown = {m: paint(x[m], specs[m]) for m in order}
+    titles = [' '.join([*([head] if head else []), c, *([str(k + 1)] if n > 1 else [])])
+              for c, n in zip(classes, counts) for k in range(n)]
+    cards = iter([player(w, spec.sr, t, [(png_of_array(shown[m][i]), f'{m} of {t}') for m in order])
+                  for i, (w, t) in enumerate(zip(waves, titles))])
+    return [[next(cards) for _ in range(n)] for n in counts]
