@@ -350,6 +350,7 @@ def _attempt(function, args):
         return dict(ok=True, info=info), arrays
     except MemoryError: return dict(ok=False, kind='memory', reason="needs more memory than the limit"), None
     except Undecodable as e: return dict(ok=False, kind='broken', reason=str(e)), None
+    except (PermissionError, FileNotFoundError) as e: return dict(ok=False, kind='access', reason=e.strerror or str(e)), None
     except Exception as e: return dict(ok=False, kind='broken', reason=f"{type(e).__name__}: {e}"), None
 
 # %% ../../nbs/data/media.ipynb #4b0a5c68
@@ -374,7 +375,7 @@ def serve():
 # %% ../../nbs/data/media.ipynb #6739de88
 @dataclass
 class Outcome:
-    "What became of one file: `arrays`, `info` if `ok`, else `kind` ('broken', 'crash', 'time', 'memory') and `reason`."
+    "What became of one file: `arrays`, `info` if `ok`, else `kind` (broken, crash, time, memory, access) and `reason`."
     ok: bool
     arrays: dict = field(default_factory=dict)
     info: dict = field(default_factory=dict)
@@ -524,9 +525,17 @@ class Quarantine:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, 'a') as f: f.write('\n'*_torn(self.path) + json.dumps(entry) + '\n')
 
+    def forget(self, files):
+        "Takes `files` off the list, so that they are tried again."
+        from avdd_nb.store import atomic_write   # brings torch, which the children do without
+        gone = [self.entries.pop(os.path.realpath(f), None) for f in files]
+        if any(gone): atomic_write(self.path, ''.join(json.dumps(e) + '\n' for e in self))
+
 # %% ../../nbs/data/media.ipynb #1bd081dd
 def _stamp(file):
-    s = os.stat(file)
+    "Size and time of change of a file; None where it is gone."
+    try: s = os.stat(file)
+    except OSError: return None
     return [s.st_size, s.st_mtime_ns]
 
 def _decoder():
@@ -558,7 +567,7 @@ def decode_videos(paths, windows='centre', seconds=1., size=96, sr=11000, worker
     with contextlib.closing(running), bar:
         for k, outcome in running:
             results[left[k]] = outcome
-            if quarantine is not None and not outcome.ok: quarantine.add(paths[left[k]], outcome, limit_s, memory_mb)
+            if quarantine is not None and not outcome.ok and outcome.kind != 'access': quarantine.add(paths[left[k]], outcome, limit_s, memory_mb)
             if keep: keep(left[k], outcome)
             bar.update()
     return [results[i] for i in range(len(paths))]
