@@ -126,21 +126,23 @@ def run_sections(run_dir, rows=(), baselines=None, data=None, protocol=None, per
     config = read_json(run/'config.json')
     final = load_synset(run/'result.safetensors')
     start = load_synset(run/'initial.safetensors') if (run/'initial.safetensors').exists() else None
-    return [*_accuracy(rows, baselines or {}, protocol), *_losses(run), *_looks(final, start, data, per_class),
-            *_sounds(final, data, 2), Section('Settings', [config], 'Everything that decides this run.'),
+    measured = [] if protocol is None else [Section('Protocol', [protocol], 'How the accuracy was measured.', folded=True)]
+    return [*_accuracy(rows, baselines or {}), *_losses(run), *_looks(final, start, data, per_class),
+            *_sounds(final, data, 2), Section('Settings', [config], 'Everything that decides this run.'), *measured,
             Section('Versions', [versions()], folded=True)]
 
 # %% ../nbs/report.ipynb #65be2e21
 RESULT = 'this run'
 
-def _accuracy(rows, baselines, protocol):
-    sources = {name: r for name, r in {**baselines, RESULT: rows}.items() if len(r)}
+def _accuracy(rows, baselines):
+    last = [name for name in baselines if name.startswith('whole')]
+    order = {**{name: r for name, r in baselines.items() if name not in last}, RESULT: rows}
+    sources = {name: r for name, r in {**order, **{name: baselines[name] for name in last}}.items() if len(r)}
     if not sources: return []
     frame = accuracy_frame(sources)
     shown = [x for name, table in accuracy_tables(frame).items() for x in (accuracy_plot(frame, name),
              f'Protocol {name}: mean ± standard deviation over n evaluation seeds.', table)]
-    details = [protocol] if protocol is not None else []
-    return [Section('Accuracy', [*shown, *details], 'Percent of real test pairs that networks get right which saw nothing '
+    return [Section('Accuracy', shown, 'Percent of real test pairs that networks get right which saw nothing '
                     'but the named set in training.')]
 
 def _losses(run):

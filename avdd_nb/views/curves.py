@@ -45,7 +45,7 @@ def _in_order(rows):
 def lines_picture(series, x_title, y_title, alt, log=True):
     "A `Picture` of lines: name → (x, y), with a switch between a logarithmic and a linear axis."
     return Picture(_live_lines(series, x_title, y_title, log), lambda: _still_lines(series, x_title, y_title, log),
-                   alt=alt)
+                   alt=alt, min_width=420)
 
 def loss_curves(source, log=True):
     "A `Picture` of a run's loss and its terms over steps (`source` as in `read_progress`)."

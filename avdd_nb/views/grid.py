@@ -129,7 +129,7 @@ def _live(mosaic, centres, names, height, gap):
                      constrain='domain', constraintoward='left')
     fig.update_yaxes(tickvals=[r * (height + gap) + height / 2 for r in range(len(names))], showgrid=False, ticks='',
                      ticktext=[label(n, 16) for n in names], range=[h, 0], showline=False, constrain='domain',
-                     constraintoward='top')
+                     constraintoward='top', ticklabelstandoff=6)
     return plotly_style(fig, height=int(min(h, 760 * h / w) + 70), margin=dict(l=10, r=10, t=50, b=10),
                         dragmode='pan')
 
