@@ -80,7 +80,7 @@ def cores():
                   "" if "OMP_NUM_THREADS" in os.environ else "set it to 1 when several runs share these cores")
     total, free = _memory()
     if total: yield Finding("memory", f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB",
-                            "under 2 GB free: use small images or --set chunk sizes" if free < 2e9 else "")
+                            "under 2 GB free: use smaller images or fewer pairs" if free < 2e9 else "")
 
 # %% ../nbs/doctor.ipynb #33366c89
 def _memory():
@@ -154,7 +154,7 @@ def _driver_advice():
 # %% ../nbs/doctor.ipynb #c4c600d4
 def places(root=None):
     "Findings about the data root, the cache, the free disk space beside them, and the Jupyter kernel."
-    here = Path(data_root(root))
+    here = Path(data_root(root)).resolve()
     names = sorted(p.name for p in here.iterdir() if p.is_dir()) if here.is_dir() else []
     advice = "" if names else "needed for real data only: set AVDD_DATA or --data-root; `avdd data` says what goes there"
     state = f"{here}: {', '.join(names) or 'no data sets'}" if here.is_dir() else f"{here} does not exist"
