@@ -23,15 +23,12 @@ def _trained_nets(data, seed):
 # %% ../../nbs/match/start.ipynb #8e1b8692
 FEATURES = dict(trained=_trained_nets, random=lambda data, seed: random_nets(data.modalities, 64, data.device, 'features', seed))
 
-@torch.no_grad()
 def pair_features(data, features='trained', seed=0, batch=512):
     "Joint features (N, ΣD) of all pairs: embeddings of every modality, concatenated, from networks named in `FEATURES`."
     nets = choose(features, FEATURES, "feature source")(data, seed)
-    parts = []
-    for idx in torch.arange(len(data), device=data.device).split(batch):
-        x = data.batch(idx)
-        parts.append(torch.cat([net(x[m]) for m, net in nets.items()], 1))
-    return torch.cat(parts)
+    def embed(x): return torch.cat([net(x[m]) for m, net in nets.items()], 1)
+    with torch.no_grad():
+        return torch.cat([embed(data.batch(idx)) for idx in torch.arange(len(data), device=data.device).split(batch)])
 
 # %% ../../nbs/match/start.ipynb #72e0a818
 BLIND = {'random'}      # rules that look at no features
