@@ -15,7 +15,7 @@ from ..train import Recipe, fit, new_model
 
 # %% ../../nbs/match/start.ipynb #b0974b29
 def _trained_nets(data, seed):
-    recipe = Recipe(epochs=2, width=64, lr_image=1e-3, schedule='cosine', strategy='')
+    recipe = Recipe(epochs=2, width=32, lr_image=1e-3, schedule='cosine', strategy='')
     model = new_model(data.modalities, data.n_classes, recipe, seed_of('features', seed)).to(data.device)
     fit(model, data.modalities, data.batch, data.labels, recipe, seed_of('features', seed))
     return dict(zip(model.modalities, model.nets))
