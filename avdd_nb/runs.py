@@ -42,7 +42,7 @@ class RunConfig:
 def initialise(method, data, ipc, seed):
     "The `SyntheticSet` that `method` starts from: `ipc` samples per class, tiled as it wants."
     idx = starting_pairs(data, method.init, ipc*method.factor**2, method.features, seed)
-    return from_real(data, idx, method.factor, init=method.init, data=data.name, data_hash=data.hash, seed=seed)
+    return from_real(data, idx, method.factor, init=method.init, source=data.name, data_hash=data.hash, seed=seed)
 
 # %% ../nbs/runs.ipynb #153c2aa1
 def _open_folder(out, config, resume):
