@@ -117,6 +117,18 @@ def test_equals_naive_formula_in_value_and_gradients():
         torch.testing.assert_close(g, w)
 
 
+def test_mouthfuls_equal_the_whole_batch():
+    net = build('ConvNet', (1, 32, 32), seed=0)
+    assert 1 < net.at_a_time < 20 and build('ConvNet', (3, 224, 224), width=128).at_a_time == 1
+    results = []
+    for run in (net.embed, lambda x: net.features(x).flatten(1)):
+        x = torch.randn(21, 1, 32, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        e = run(x)
+        results.append((e, *torch.autograd.grad(e.square().sum(), [x, *net.parameters()])))
+    for ours, want in zip(*results):
+        torch.testing.assert_close(ours, want, rtol=1e-4, atol=1e-5 * max(1, want.abs().max().item()))
+
+
 def test_seed_is_the_only_source_of_weights():
     state = torch.random.get_rng_state()
     first = build('ConvNet', (1, 32, 32), width=4, seed=3).state_dict()
