@@ -41,7 +41,7 @@ def write_video(path, frames, fps=25, sound=None, sr=44100, codecs=None, times=N
     av, path = need('av', 'video'), Path(path)
     video, audio = codecs or CODECS[path.suffix.lower()]
     with av.open(f'file:{path}', 'w') as box:
-        v = box.add_stream(video, rate=fps)
+        v = box.add_stream(video, rate=fps, options=FAST.get(video, {}))
         v.height, v.width = frames[0].shape[:2]
         if times is not None: v.codec_context.time_base = MILLI
         v.pix_fmt = _pixels(video, v.height, v.width)
@@ -56,6 +56,7 @@ def write_video(path, frames, fps=25, sound=None, sr=44100, codecs=None, times=N
 
 # %% ../../nbs/data/media.ipynb #6e06d3ba
 MILLI = Fraction(1, 1000)
+FAST = {'libvpx-vp9': {'deadline': 'realtime', 'cpu-used': '8'}}
 
 def _pixels(codec, height, width):
     if codec == 'mjpeg': return 'yuvj420p'
@@ -85,6 +86,7 @@ def _open(path):
     av, what = need('av', 'video'), os.stat(path)
     if not stat.S_ISREG(what.st_mode): raise Undecodable("not an ordinary file")
     if what.st_size == 0: raise Undecodable("the file is empty (0 bytes)")
+    with open(path, 'rb'): pass   # raises Python's own error where we may not read
     only = dict(protocol_whitelist='file', format_whitelist=FORMATS)
     try: return av.open(f'file:{os.fspath(path)}', metadata_errors='replace', container_options=only)
     except av.error.InvalidDataError as e: raise Undecodable("not a video, or its header is broken or cut off") from e
@@ -350,8 +352,9 @@ def _attempt(function, args):
         return dict(ok=True, info=info), arrays
     except MemoryError: return dict(ok=False, kind='memory', reason="needs more memory than the limit"), None
     except Undecodable as e: return dict(ok=False, kind='broken', reason=str(e)), None
-    except (PermissionError, FileNotFoundError) as e: return dict(ok=False, kind='access', reason=e.strerror or str(e)), None
-    except Exception as e: return dict(ok=False, kind='broken', reason=f"{type(e).__name__}: {e}"), None
+    except Exception as e:
+        kind = 'access' if type(e) in (PermissionError, FileNotFoundError) else 'broken'   # not FFmpeg's errors, which derive from them
+        return dict(ok=False, kind=kind, reason=f"{type(e).__name__}: {getattr(e, 'strerror', None) or e}"), None
 
 # %% ../../nbs/data/media.ipynb #4b0a5c68
 def serve():

@@ -39,6 +39,8 @@ class Options:
     retry: bool = hp(False, help="try files again that are known to be broken")
     progress: bool = hp(True, help="show a progress bar")
 
+    def __post_init__(self): window_starts(self.starts, self.seconds, 1.)   # raises for windows that make no sense
+
     @property
     def spec(self):
         "The `MelSpec` of one window."
@@ -49,17 +51,15 @@ class Options:
     def starts(self):
         "`windows` as `window_starts` takes it."
         if self.windows in ('centre', 'all'): return self.windows
-        starts = self.windows.split(',')
-        window_starts(starts, self.seconds, 1.)
-        return [float(s) for s in starts]
+        try: return [float(s) for s in self.windows.split(',')]
+        except ValueError: return self.windows   # `window_starts` says what is wrong with it
 
 # %% ../../nbs/data/videos.ipynb #47375b30
 def _options(values):
     windows = values.get('windows', 'centre')
     if isinstance(windows, (int, float)): windows = str(windows)
     elif isinstance(windows, (list, tuple)): windows = ','.join(map(str, windows))
-    options = configure(Options, **values | dict(windows=windows))
-    return options if options.starts else None   # `starts` raises for windows that make no sense
+    return configure(Options, **values | dict(windows=windows))
 
 # %% ../../nbs/data/videos.ipynb #2ea4ec66
 ENDINGS = ('.mp4', '.m4v', '.mkv', '.webm', '.mov', '.avi')
@@ -83,8 +83,8 @@ def _check_folder(folder):
     if folder.is_file(): raise UserError(f"{folder} is a file, but a folder is needed: {shape}.")
     if not folder.is_dir(): raise UserError(f"There is no folder {folder}. Give folder=… with {shape}.")
     loose = [e.name for e in os.scandir(folder) if e.name.lower().endswith(ENDINGS)]
-    rooms = sorted((e for e in os.scandir(folder) if e.is_dir() and not e.name.startswith('.')), key=lambda e: e.name)
-    if rooms: return rooms
+    rooms = [e for e in os.scandir(folder) if os.path.isdir(e.path) and not e.name.startswith('.')]
+    if rooms: return sorted(rooms, key=lambda e: e.name)
     found = f"{len(loose)} videos, but no sub-folders" if loose else "no sub-folders"
     raise UserError(f"{folder} has {found}: it needs {shape} (class/clip.mp4).")
 
@@ -102,11 +102,11 @@ def scan(folder, links=False):
             clips.append(Clip(room.path, room.name, room.name, 'outside', "a link out of the folder; links=True follows it"))
             continue
         for entry in sorted(os.scandir(room.path), key=lambda e: e.name):
-            if entry.name.startswith('.') or not entry.name.lower().endswith(ENDINGS) or entry.is_dir(): continue
+            if entry.name.startswith('.') or not entry.name.lower().endswith(ENDINGS) or os.path.isdir(entry.path): continue
             clip = Clip(entry.path, f"{room.name}/{entry.name}", room.name)
             if not links and _outside(entry, folder):
                 clip.status, clip.reason = 'outside', "a link out of the folder; links=True follows it"
-            elif not entry.is_file(): clip.status, clip.reason = 'broken', "not an ordinary file, or a link to nothing"
+            elif not os.path.isfile(entry.path): clip.status, clip.reason = 'broken', "not an ordinary file, or a link to nothing"
             clips.append(clip)
     _mark_duplicates(clips)
     if not clips: raise UserError(f"The sub-folders of {folder} hold no videos: files must end in {', '.join(ENDINGS)}.")
