@@ -16,7 +16,7 @@ TEST_DEPS := dev,video
 
 # Threads of several processes on the same cores slow each other down, up to 90-fold (BLAS and OpenMP spin).
 test pictures: export OMP_NUM_THREADS = 1
-test pictures: export MPLBACKEND = Agg
+test: export MPLBACKEND = Agg
 test: export SLOW := $(SLOW)
 
 .PHONY: help demo lab test export readme pictures bench constraints clean

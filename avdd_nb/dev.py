@@ -324,6 +324,7 @@ def _execute(path, top, flags):
     notebook = nbformat.read(path, as_version=4)
     notebook.cells = [c for c in notebook.cells if c.cell_type == "code" and _runs(c.source, flags)]
     env = {**os.environ, "PYTHONPATH": str(top), "OMP_NUM_THREADS": "1", "IN_TEST": "1"}
+    env.pop("MPLBACKEND", None)  # the kernel chooses its own, which puts figures into the notebook
     client = NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": path.parent}})
     try: client.execute(env=env)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as error:
