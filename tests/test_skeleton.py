@@ -93,3 +93,12 @@ def test_ignored_paths_stay_out_of_git(repo):
     paths = [".venv/x", "data/MNIST/raw/a.gz", "runs/a/config.json", "avdd_nb/__pycache__/a.pyc", "_proc/a"]
     done = subprocess.run(["git", "check-ignore", *paths], cwd=repo, capture_output=True, text=True)
     assert done.stdout.split() == paths
+
+
+def test_doctor_survives_a_machine_without_anything(repo):
+    blocked = {*BLOCKED, "torch", "numpy", "safetensors", "jupyter_client"}
+    code = BARE_MACHINE.format(blocked=blocked, modules=["avdd_nb.doctor"]).rsplit("\n", 2)[0]
+    done = subprocess.run([sys.executable, "-c", f"{code}\nsys.modules['avdd_nb.doctor'].doctor()"],
+                          cwd=repo, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "pip install torch" in done.stdout and "data root" in done.stdout
