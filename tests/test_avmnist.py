@@ -7,6 +7,8 @@ import struct
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from avdd_nb.core import UserError, rng
 from avdd_nb.data import avmnist
@@ -168,8 +170,8 @@ def test_energy_equals_scikit_learn(energy):
     (a, b), k = avmnist.keep_energy(x, [others], energy)
     pca = decomposition.PCA(n_components=energy, svd_solver="full").fit(x.flatten(1).double().numpy())
     assert k == pca.n_components_
-    for ours, given in ((a, x), (b, others)):
-        theirs = pca.inverse_transform(pca.transform(given.flatten(1).double().numpy())).clip(0, 255)
+    for ours, source in ((a, x), (b, others)):
+        theirs = pca.inverse_transform(pca.transform(source.flatten(1).double().numpy())).clip(0, 255)
         assert np.abs(ours.flatten(1).numpy() - theirs).max() <= 0.5 + 1e-6
 
 
@@ -201,6 +203,15 @@ def test_broken_mnist_file_is_named(root, name, damage):
     if damage == "kind": rewrite(path, lambda b: b"\0\0\x0d" + b[3:])
     if damage == "wild header": rewrite(path, lambda b: b"\0\0\x08\xff" + b[4:])
     with pytest.raises(UserError, match=name): avmnist.load(root, **SMALL)
+
+
+@given(data=st.binary(max_size=40), zipped=st.booleans(), header=st.booleans())
+def test_no_bytes_lead_to_anything_but_one_sentence(tmp_path_factory, data, zipped, header):
+    data = b"\0\0\x08"*header + data
+    path = tmp_path_factory.mktemp("fuzz")/("odd.gz" if zipped else "odd")
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    try: avmnist.read_idx(path)
+    except UserError as e: assert "odd" in str(e)
 
 
 def test_mnist_that_does_not_fit_together(root):
