@@ -189,11 +189,11 @@ def test_the_toy_is_nearest(usual):
 
 def test_ids_bring_back_scene_and_sound(usual):
     spec, rows = PRESETS['small'], [2, 211, 99]
-    part = usual.test.subset([1, 5])
+    part = usual.test.subset(range(140, 150))
     assert torch.equal(world.scenes(part.ids).label, part.labels)
     mel = log_mel(world.waveforms([usual.train.ids[i] for i in rows], spec.sr), spec)
     assert (mel - usual.train.tensors['audio'][rows].float()).abs().max() < .1
-    assert world.waveforms(part.ids, sr=22050, seconds=2.).shape == (2, 44100)
+    assert world.waveforms(part.ids, sr=22050, seconds=2.).shape == (10, 44100)
     for wrong in (['clip.mp4'], [usual.train.ids[0], usual.test.ids[0]]):
         with pytest.raises(UserError, match='soundshapes'): world.scenes(wrong)
 
