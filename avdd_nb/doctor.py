@@ -73,9 +73,8 @@ def cores():
     "Findings about processor cores that this process may use, threads, and memory."
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    crowded = busy > usable + .5
-    yield Finding("cores", f"{usable} usable of {os.cpu_count()}, load {busy:.1f}",
-                  "others compute here too: OMP_NUM_THREADS=1 avoids threads that wait for each other" if crowded else "")
+    crowd = "others compute here too: OMP_NUM_THREADS=1 avoids threads that wait for each other"
+    yield Finding("cores", f"{usable} usable of {os.cpu_count()}, load {busy:.1f}", crowd if busy > usable + .5 else "")
     yield Finding("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "unset"),
                   "" if "OMP_NUM_THREADS" in os.environ else "set it to 1 when several runs share these cores")
     total, free = _memory()
@@ -135,7 +134,7 @@ KEEP_BLOCKS = "for CPU runs: export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRI
 
 # %% ../nbs/doctor.ipynb #d90c8f9b
 def devices():
-    "Findings about PyTorch's devices: each CUDA device with memory and bfloat16 support, Apple's MPS, or the CPU alone."
+    "Findings about PyTorch's devices: each CUDA device with memory and bfloat16 support, Apple's MPS, or none."
     torch = importlib.import_module("torch")
     for i in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(i)
@@ -156,7 +155,7 @@ def places(root=None):
     "Findings about the data root, the cache, the free disk space beside them, and the Jupyter kernel."
     here = Path(data_root(root)).resolve()
     names = sorted(p.name for p in here.iterdir() if p.is_dir()) if here.is_dir() else []
-    advice = "" if names else "needed for real data only: set AVDD_DATA or --data-root; `avdd data` says what goes there"
+    advice = "" if names else "for real data only: set AVDD_DATA or --data-root; `avdd data` says what goes there"
     state = f"{here}: {', '.join(names) or 'no data sets'}" if here.is_dir() else f"{here} does not exist"
     yield Finding("data root", state, advice)
     for what, place in (("cache", Path(cache_dir())), ("working folder", Path.cwd())):
@@ -194,7 +193,7 @@ def checkup(root=None):
 
 # %% ../nbs/doctor.ipynb #ee8bbe83
 def table(findings, width=100):
-    "The findings as lines of text: one column for what, then the state, wrapped, and below it the advice behind an arrow."
+    "The findings as text: a column for what, then the state, wrapped, and below it the advice behind an arrow."
     import textwrap
     indent = max(len(f.what) for f in findings) + 2
     lines = []
