@@ -61,7 +61,7 @@ def canvas(width=7.2, height=3.6, rows=1, cols=1, **options):
 def png_of(fig) -> bytes:
     "PNG bytes of a matplotlib figure, transparent."
     out = io.BytesIO()
-    fig.savefig(out, format='png', transparent=True)
+    fig.savefig(out, format='png', transparent=True, bbox_inches='tight', pad_inches=.05)
     return out.getvalue()
 
 # %% ../../nbs/views/picture.ipynb #76c9d14b
