@@ -349,6 +349,13 @@ def test_memory_limit():
     child.stop()
 
 
+def test_a_picture_too_large_for_the_limit_costs_itself_only(tmp_path):
+    vast = media.write_video(tmp_path/"vast.mov", np.zeros((1, 8000, 12000, 3), np.uint8), 1, codecs=("mjpeg", None))
+    small = film(tmp_path/"small.mp4", 2)
+    results = decode_videos([vast, small], memory_mb=100, workers=1, progress=False)
+    assert (results[0].kind, results[1].ok) == ("memory", True)
+
+
 def test_noise_on_stdout_and_odd_text_do_not_disturb():
     (_, outcome), = isolated(f"{HERE}:chatty", [dict(n=500)])
     assert outcome.arrays["x"].tolist() == [[500]*500]*2 and outcome.info["text"] == "ü\n\udcff"

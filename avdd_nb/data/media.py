@@ -79,7 +79,15 @@ def _mux_audio(box, stream, sound, sr):
 class Undecodable(ValueError):
     "Why a file gives no picture and sound, in a few words."
 
-# %% ../../nbs/data/media.ipynb #fe009c21
+# %% ../../nbs/data/media.ipynb #e9629346
+@contextlib.contextmanager
+def _reasons():
+    "FFmpeg's errors as `Undecodable`; want of memory stays what it is."
+    av = need('av', 'video')
+    try: yield
+    except av.error.MemoryError: raise
+    except av.error.FFmpegError as e: raise Undecodable(f"damaged (FFmpeg: {e.strerror})") from e
+
 FORMATS = 'mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg'
 
 def _open(path):
@@ -95,7 +103,10 @@ def _streams(box):
     av = need('av', 'video')
     films = [s for s in box.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not films: raise Undecodable("no video stream" + (", only a cover picture" if box.streams.video else ""))
-    return films[0], next(iter(box.streams.audio), None)
+    chosen = films[0], next(iter(box.streams.audio), None)
+    for s in chosen:
+        if s is not None and s.codec_context is None: raise Undecodable(f"its {s.type} codec is not known")
+    return chosen
 
 # %% ../../nbs/data/media.ipynb #766f7565
 def _extents(box, *streams):
@@ -114,7 +125,8 @@ def _frame_time(stream):
     rate = getattr(stream, 'average_rate', None)
     return 1/rate if rate else 0
 
-# %% ../../nbs/data/media.ipynb #658ce1cc
+# %% ../../nbs/data/media.ipynb #91c9d719
+@_reasons()
 def probe(path):
     """What is in the video file `path`: a dict of duration_s, start_s, width, height, codec, fps, audio (its codec or None), sr.
 
@@ -283,7 +295,8 @@ def _sounds(path, zero, starts, seconds, sr, jumping=True):
         if jumped and min(c for _, c in out) < .99: return _sounds(path, zero, starts, seconds, sr, jumping=False)
         return out, track.damaged
 
-# %% ../../nbs/data/media.ipynb #c12cc5cb
+# %% ../../nbs/data/media.ipynb #f1863ab0
+@_reasons()
 def decode_video(path, windows='centre', seconds=1., size=96, sr=11000):
     """(arrays, info) of the file `path`, decoded in this process: for files you do not trust there is `decode_videos`.
 
