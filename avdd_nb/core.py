@@ -66,7 +66,8 @@ def check_value(field, value, where):
         text = isinstance(value, str)
         if kind is bool and text: value = {'true': True, 'false': False, '1': True, '0': False}[value.lower()]
         elif kind is int and float(value) != int(float(value)): raise ValueError
-        elif kind in (int, float): value = kind(float(value))
+        elif kind is int: value = int(value) if isinstance(value, int) or text and value.strip().lstrip('+-').isdecimal() else int(float(value))
+        elif kind is float: value = float(value)
         elif not isinstance(value, kind): raise ValueError
     except (KeyError, ValueError, TypeError, OverflowError) as e:
         raise UserError(f"{where}.{field.name} is {value!r}, but needs a value of type {kind.__name__}.") from e

@@ -184,7 +184,9 @@ def hash(self: PairedData):
     "A hex digest (16 characters) of everything that changes a result. Computed once per object."
     if not hasattr(self, '_hash'):
         h = hashlib.sha256(json.dumps([self.classes, {m: s.to_json() for m, s in self.modalities.items()}], sort_keys=True).encode())
-        for m in sorted(self.tensors): h.update(self.tensors[m].cpu().contiguous().numpy().data)
+        for m in sorted(self.tensors):
+            h.update(str(self.tensors[m].dtype).encode())
+            h.update(self.tensors[m].cpu().contiguous().numpy().data)
         if self.labels is not None: h.update(self.labels.cpu().numpy().data)
         self._hash = h.hexdigest()[:16]
     return self._hash
