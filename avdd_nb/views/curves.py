@@ -45,7 +45,7 @@ def _in_order(rows):
 def lines_picture(series, x_title, y_title, alt, log=True):
     "A `Picture` of lines: name → (x, y), with a switch between a logarithmic and a linear axis."
     return Picture(_live_lines(series, x_title, y_title, log), lambda: _still_lines(series, x_title, y_title, log),
-                   alt=alt, min_width=420)
+                   alt=alt, min_width=340)
 
 def loss_curves(source, log=True):
     "A `Picture` of a run's loss and its terms over steps (`source` as in `read_progress`)."
@@ -68,8 +68,8 @@ def _live_lines(series, x_title, y_title, log):
                                 line=dict(width=2.5, dash=list(DASHES)[k % 4], color=PALETTE[k % len(PALETTE)]))
                      for k, (name, (x, y)) in enumerate(series.items())])
     switch = [dict(label=kind, method='relayout', args=[{'yaxis.type': kind}]) for kind in ('log', 'linear')]
-    fig.update_layout(updatemenus=[dict(type='buttons', direction='right', buttons=switch, active=int(not log), x=1,
-                                        xanchor='right', y=-.14, yanchor='top', showactive=True, bgcolor='#c9d0d5',
+    fig.update_layout(updatemenus=[dict(type='buttons', direction='right', buttons=switch, active=int(not log), x=0,
+                                        xanchor='left', y=-.14, yanchor='top', showactive=True, bgcolor='#c9d0d5',
                                         bordercolor=INK, font=dict(size=12, color='#222'))])
     fig.update_xaxes(title_text=x_title)
     fig.update_yaxes(title_text=y_title, type='log' if log else 'linear', exponentformat='power', dtick=1 if log else None)
@@ -130,7 +130,7 @@ def accuracy_plot(frame, protocol=None):
     part = frame[frame['protocol'] == protocol]
     if not len(part): raise UserError(f'no row was evaluated under {protocol!r}: there are {list(frame["protocol"].unique())}')
     best = part.loc[part['mean'].idxmax()]
-    return Picture(_live_dots(part), lambda: _still_dots(part), min_width=420,
+    return Picture(_live_dots(part), lambda: _still_dots(part), min_width=340,
                    alt=f'accuracy in percent under protocol {protocol}, mean and standard deviation; '
                        f'highest: {best["what"]}, {best["branch"]}, {best["mean"]:.1f}')
 

@@ -56,6 +56,7 @@ details > summary { cursor: pointer; padding: .4rem 0; color: var(--accent); }
 .player { margin: 0; padding: .6rem .7rem; background: var(--card); border-radius: .6rem; }
 .player figcaption { margin: 0 0 .4rem; color: inherit; }
 .player audio { width: 100%; display: block; }
+@media (max-width: 32rem) { th, td { padding: .35rem .5rem; } }
 @media print { .player audio { display: none; } }
 """
 
