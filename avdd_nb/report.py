@@ -117,9 +117,9 @@ def versions() -> dict:
 
 # %% ../nbs/report.ipynb #ccdc0ebf
 def by_name(rows, method) -> dict:
-    "Name → rows of `evaluate_run`, in reading order: baselines, then `method`, then the whole data."
+    "Name → rows of `evaluate_run`, in reading order: random, other baselines, `method`, the whole data."
     names = list(dict.fromkeys(r.get('method', method) for r in rows))
-    names.sort(key=lambda name: 2 if name.startswith('whole') else name == method)
+    names.sort(key=lambda name: 2 if name == method else 3 * name.startswith('whole') or not name.startswith('random'))
     return {name: [r for r in rows if r.get('method', method) == name] for name in names}
 
 # %% ../nbs/report.ipynb #2ff1624f

@@ -85,8 +85,9 @@ def compose(groups, height=64, gap=4):
     out = np.zeros((n_rows * (height + gap) - gap, sum(widths) + 3 * gap * (len(groups) - 1), 4), np.uint8)
     centres, left = [], 0
     for (head, rows), width in zip(sized, widths):
+        inset = (width - max((sum(c.shape[1] + gap for c in row) for row in rows), default=0)) // 2
         for r, row in enumerate(rows):
-            x, y = left, r * (height + gap)
+            x, y = left + inset, r * (height + gap)
             for k, cell in enumerate(row):
                 out[y:y + height, x:x + cell.shape[1], :3], out[y:y + height, x:x + cell.shape[1], 3] = cell, 255
                 centres.append((x + cell.shape[1] / 2, y + height / 2, r, head, k, left, left + width))
@@ -139,7 +140,7 @@ def wall_picture(groups, names, alt, height=64, gap=4):
     mosaic, centres = compose(groups, height, gap)
     if not centres: raise UserError('there is nothing to show: every class is empty')
     return Picture(_live(mosaic, centres, names, height, gap), lambda: _still(mosaic, centres, names, height, gap),
-                   alt=alt, min_width=min(mosaic.shape[1], 560))
+                   alt=alt, min_width=min(mosaic.shape[1] + 160, 760))
 
 # %% ../../nbs/views/grid.ipynb #6297fc0e
 def wall(source, per_class=4, tiles=False, heading='', modalities=None, max_classes=20, height=64):
