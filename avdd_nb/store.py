@@ -9,7 +9,6 @@ __all__ = ['atomic_write', 'write_json', 'read_json', 'save_tensors', 'manifest_
 # %% ../nbs/store.ipynb #cfff7edc
 import contextlib, hashlib, json, os, tempfile
 from pathlib import Path
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as _load, save as _save
 from .core import UserError, cache_dir
@@ -17,10 +16,10 @@ from .core import UserError, cache_dir
 # %% ../nbs/store.ipynb #4927276c
 def atomic_write(path, data):
     "Writes `data` (bytes or text) to `path` so that a crash at any moment leaves the old file or the new one. Returns the path."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    path, tmp = Path(path), None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
         with os.fdopen(fd, 'wb') as f:
             f.write(data.encode() if isinstance(data, str) else data)
             f.flush(); os.fsync(f.fileno())
@@ -29,7 +28,7 @@ def atomic_write(path, data):
     except OSError as e:
         raise UserError(f"Could not write {path}: {e.strerror or e}. Free some space or choose another folder.") from e
     finally:
-        with contextlib.suppress(FileNotFoundError): os.unlink(tmp)
+        if tmp: Path(tmp).unlink(missing_ok=True)
     return path
 
 # %% ../nbs/store.ipynb #8500ad1b
@@ -48,6 +47,7 @@ def read_json(path):
     "The object in the JSON file `path`. A missing or torn file is a `UserError`."
     try: return json.loads(Path(path).read_bytes())
     except FileNotFoundError: raise UserError(f"There is no file {path}.") from None
+    except OSError as e: raise UserError(f"Could not read {path}: {e.strerror or e}.") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path} is not readable JSON ({e}): it was changed or cut. Restore it, or run again.") from e
 
@@ -97,7 +97,9 @@ def load_state(path):
 # %% ../nbs/store.ipynb #11e80441
 def append_event(path, event):
     "Adds one JSON line to the events file `path`."
-    with open(path, 'a') as f: f.write(json.dumps(event) + '\n')
+    try:
+        with open(path, 'a') as f: f.write(json.dumps(event) + '\n')
+    except OSError as e: raise UserError(f"Could not write {path}: {e.strerror or e}. Free some space or choose another folder.") from e
 
 # %% ../nbs/store.ipynb #d8af6067
 def read_events(path):

@@ -119,4 +119,4 @@ def load_synset(path, device='cpu'):
         specs = {m: Modality.from_json(s) for m, s in meta['modalities'].items()}
         return SyntheticSet({m: tensors[f'modality.{m}'] for m in specs}, tensors['labels'], specs, meta['classes'],
                             meta['factor'], meta['order'], tensors.get('tile_labels'), meta['provenance'])
-    except (KeyError, TypeError) as e: raise UserError(f"{path} holds no synthetic set ({e} is missing).") from e
+    except (KeyError, TypeError, AttributeError) as e: raise UserError(f"{path} holds no synthetic set ({e}).") from e
