@@ -34,8 +34,8 @@ PROTOCOLS = {p.name: p for p in (
     Protocol(name='thorough', updates=800, batch=64, lr_image=1e-3, schedule='cosine'),
     Protocol(name='fast', epochs=10, lr_image=1e-3, schedule='cosine'))}
 
-# %% ../nbs/evaluate.ipynb #586d86b9
-def make_protocol(name='paper', **options):
+# %% ../nbs/evaluate.ipynb #9cb61881
+def make_protocol(name='paper', /, **options):
     "The protocol called `name`, with some fields changed; a changed protocol is called `name*` so that no table mixes the two."
     base = choose(name, PROTOCOLS, "protocol")
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)} | options

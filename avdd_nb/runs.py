@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from . import __version__
 from .core import UserError
-from .data.catalog import load
+from .data.catalog import load, read_options
 from .distill import distill, make_optimiser, peak_memory_mb
 from .evaluate import evaluate
 from .match.start import starting_pairs
@@ -44,17 +44,27 @@ def initialise(method, data, ipc, seed):
     idx = starting_pairs(data, method.init, ipc*method.factor**2, method.features, seed)
     return from_real(data, idx, method.factor, init=method.init, source=data.name, data_hash=data.hash, seed=seed)
 
-# %% ../nbs/runs.ipynb #153c2aa1
+# %% ../nbs/runs.ipynb #57b81a0e
+def _read_config(out):
+    "(RunConfig, its hash) of the run in `out`; a `UserError` where config.json was changed or is not of a run."
+    path = Path(out)/'config.json'
+    found = read_json(path)
+    try:
+        config, written = RunConfig(**found['run']), json.dumps(found['run'], sort_keys=True)
+        if hashlib.sha256(written.encode()).hexdigest()[:12] == found['hash']: return config, found['hash']
+    except (KeyError, TypeError): pass
+    raise UserError(f"{path} does not describe a run, or was changed: restore it, or delete the folder.")
+
 def _open_folder(out, config, resume):
     "Checks that `out` is new, or the same run to go on with; writes its configuration."
     out = Path(out)
     here, mine = out/'config.json', dict(run=asdict(config), hash=config.hash)
     if here.exists():
-        if read_json(here).get('hash') != config.hash:
+        if _read_config(out)[1] != config.hash:
             raise UserError(f"{out} holds another run (its config.json differs): choose another folder, or delete it.")
         if not resume and not (out/'done.json').exists():
             raise UserError(f"{out} holds this run, unfinished: pass --resume to go on with it, or delete the folder.")
-    elif out.is_dir() and any(p.name != '.lock' for p in out.iterdir()):
+    elif out.is_dir() and any(not p.name.startswith('.') for p in out.iterdir()):
         raise UserError(f"{out} is not empty and holds no run: choose another folder.")
     else: write_json(here, mine | dict(versions=versions()))
     return out
@@ -64,10 +74,14 @@ def versions():
     "What a result was made with."
     return dict(avdd_nb=__version__, torch=torch.__version__, python=platform.python_version(), machine=platform.machine())
 
-# %% ../nbs/runs.ipynb #febf90da
-def _save_checkpoint(out, syn, optimiser, progress, elapsed):
+# %% ../nbs/runs.ipynb #87ea7ce9
+def _state(syn, optimiser):
+    "Copies of pixels and momentum as they are after a whole step: Ctrl-C or NaN may come in the middle of the next one."
     momentum = {m: optimiser.state[x].get('momentum_buffer') for m, x in syn.tensors.items()}
     tensors = {f'pixels.{m}': x for m, x in syn.tensors.items()} | {f'momentum.{m}': v for m, v in momentum.items() if v is not None}
+    return {k: x.detach().clone() for k, x in tensors.items()}
+
+def _save_checkpoint(out, progress, tensors, elapsed):
     save_state(out/'checkpoint.safetensors', tensors, dict(step=progress.step, seconds=elapsed + progress.seconds))
 
 # %% ../nbs/runs.ipynb #8a4bde2b
@@ -90,17 +104,27 @@ def run(config, out, root=None, device='cpu', resume=True, checkpoint_every=30.,
     root: data root; splits: the data, if already loaded. Raises `UserError` for bad input, another run's folder, or one that is running.
     """
     method = make_method(config.method, **config.options)
+    if splits is None: read_options(config.dataset, config.data)
     out = _open_folder(out, config, resume)
     with lock(out/'.lock', wait=False) as mine:
         if not mine: raise UserError(f"The run in {out} is already going on in another process.")
         if (out/'done.json').exists(): return
-        data = (splits or load(config.dataset, root, **config.data)).train.to(device)
-        syn = initialise(method, data, config.ipc, config.seed).to(device)
+        with _claim(out):
+            data = (splits or load(config.dataset, root, **config.data)).train.to(device)
+            syn = initialise(method, data, config.ipc, config.seed).to(device)
         if not (out/'initial.safetensors.json').exists(): save_synset(syn, out/'initial.safetensors')
         seconds = yield from _learn(config, method, data, syn, out, checkpoint_every) if method.learns else _nothing()
         _finish(config, syn, out, seconds)
 
-# %% ../nbs/runs.ipynb #dfd15c5c
+# %% ../nbs/runs.ipynb #e6bc96a7
+@contextlib.contextmanager
+def _claim(out):
+    "A run that cannot begin gives its folder back: with another name or option the same folder will do."
+    try: yield
+    except UserError:
+        if not (out/'initial.safetensors.json').exists(): (out/'config.json').unlink(missing_ok=True)
+        raise
+
 def _nothing():
     "A selection method has nothing to learn: no step, no time."
     return 0.
@@ -111,17 +135,18 @@ def _learn(config, method, data, syn, out, checkpoint_every):
     optimiser, source = make_optimiser(method, syn), method.source(data, config.seed)
     start, elapsed = _load_checkpoint(out, syn, optimiser)
     truncate_events(out/'events.jsonl', start)
-    progress, saved = None, time.perf_counter()
+    whole, saved = None, time.perf_counter()
     try:
         for progress in distill(method, syn, source, config.steps, optimiser, start, bf16=config.bf16):
             append_event(out/'events.jsonl', asdict(progress) | dict(seconds=elapsed + progress.seconds))
+            whole = progress, _state(syn, optimiser)
             if time.perf_counter() - saved > checkpoint_every:
-                _save_checkpoint(out, syn, optimiser, progress, elapsed)
+                _save_checkpoint(out, *whole, elapsed)
                 saved = time.perf_counter()
             yield progress
     finally:
-        if progress: _save_checkpoint(out, syn, optimiser, progress, elapsed)
-    return elapsed + (progress.seconds if progress else 0.)
+        if whole: _save_checkpoint(out, *whole, elapsed)
+    return elapsed + (whole[0].seconds if whole else 0.)
 
 # %% ../nbs/runs.ipynb #3125ae7c
 def _finish(config, syn, out, seconds):
@@ -133,7 +158,7 @@ def _finish(config, syn, out, seconds):
 # %% ../nbs/runs.ipynb #31a676d7
 def load_run(out, which='result'):
     "(RunConfig, SyntheticSet) of the run in `out`; `which` is 'result' or 'initial'."
-    config = RunConfig(**read_json(Path(out)/'config.json')['run'])
+    config, _ = _read_config(out)
     if which == 'result' and not (Path(out)/'done.json').exists():
         raise UserError(f"The run in {out} is not finished: go on with `avdd distill … --out {out} --resume`.")
     return config, load_synset(Path(out)/f'{which}.safetensors')
@@ -155,7 +180,7 @@ def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=Fals
     sets = {config.method: syn} | (rivals(config, out, splits.train) if baselines else {})
     rows = []
     for i, (name, train) in enumerate(sets.items()):
-        part = lambda done: progress and progress((i + done)/len(sets))
+        part = lambda done, i=i: progress and progress((i + done)/len(sets))
         found = evaluate(train.to(device), splits.test, protocol, seeds, progress=part)
         rows += [dict(method=name, ipc=config.ipc if train is not splits.train else 0) | row for row in found]
     write_json(Path(out)/f"evaluation-{protocol.name.replace('*', '-changed')}.json", rows)

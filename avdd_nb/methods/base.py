@@ -57,8 +57,8 @@ def methods():
     for module in pkgutil.iter_modules(package.__path__): importlib.import_module(f"{package.__name__}.{module.name}")
     return {name: cls for name, cls in sorted(METHODS.items()) if cls not in (Method, Matching)}
 
-# %% ../../nbs/methods/base.ipynb #8eb259b1
-def make_method(name, **options):
+# %% ../../nbs/methods/base.ipynb #beadc7e5
+def make_method(name, /, **options):
     "The method called `name` with these hyperparameters. Unknown names, misspelt fields and values out of range are a `UserError`."
     return configure(choose(name, methods(), "method"), **options)
 
