@@ -8,7 +8,6 @@ __all__ = ['app', 'Root', 'Data', 'pairs', 'data', 'distill', 'check_device', 'e
 
 # %% ../nbs/cli.ipynb #845909a8
 import json, os, sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -150,6 +149,7 @@ def main():
     except UserError as e:
         print(f"avdd: {e}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\navdd: stopped; go on with the same command and --resume.", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as e:
+        if isinstance(e, SystemExit) and e.code != 130: raise       # typer turns Ctrl-C into an exit with 130
+        print("\navdd: stopped; a distillation goes on with the same command and --resume.", file=sys.stderr)
         sys.exit(130)
