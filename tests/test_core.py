@@ -34,6 +34,8 @@ class Knobs:
     lr: float = hp(0.2, 0, 10)
     steps: int = hp(3, 1, 100)
     free: int = hp(0)
+    floor: float = hp(1., 0)
+    roof: float = hp(1., None, 2)
     fast: bool = hp(False)
     init: str = hp('random', choices=['random', 'herding'])
 
@@ -113,8 +115,9 @@ def test_booleans(text, value): assert check_value(field('fast'), text, 'Knobs')
 
 @pytest.mark.parametrize('name, value', [
     ('fast', 'yes'), ('fast', ''), ('fast', 2), ('fast', None), ('fast', 1.5), ('steps', '3.5'), ('steps', 'three'),
-    ('steps', None), ('steps', [3]), ('steps', 'nan'), ('steps', 'inf'), ('steps', 0), ('steps', 101), ('steps', 2.5), ('lr', 'fast'),
-    ('lr', 'nan'), ('lr', '-inf'), ('lr', math.nan), ('lr', -1e-9), ('lr', {}), ('init', 3), ('init', 'hording'), ('init', None)])
+    ('steps', None), ('steps', [3]), ('steps', 'nan'), ('steps', 'inf'), ('steps', 0), ('steps', 101),
+    ('steps', 2.5), ('lr', 'fast'), ('lr', 'nan'), ('lr', '-inf'), ('lr', math.nan), ('floor', 'nan'),
+    ('roof', 'nan'), ('roof', 'inf'), ('lr', -1e-9), ('lr', {}), ('init', 3), ('init', 'hording'), ('init', None)])
 def test_bad_values_name_the_field(name, value):
     with pytest.raises(UserError) as e: configure(Knobs, **{name: value})
     assert f"Knobs.{name}" in str(e.value) and '\n' not in str(e.value)
@@ -126,8 +129,8 @@ def test_bad_values_name_the_field(name, value):
 def test_configure_gives_a_checked_object_or_one_sentence(values):
     try: k = configure(Knobs, **values)
     except UserError: return
-    assert 0 <= k.lr <= 10 and 1 <= k.steps <= 100 and k.init in ('random', 'herding')
-    assert [type(v) for v in dataclasses.astuple(k)] == [float, int, int, bool, str]
+    assert 0 <= k.lr <= 10 and 1 <= k.steps <= 100 and k.floor >= 0 and k.roof <= 2 and k.init in ('random', 'herding')
+    assert [type(v) for v in dataclasses.astuple(k)] == [float, int, int, float, float, bool, str]
 
 
 def test_misspelt_names_stop_with_the_nearest():

@@ -40,13 +40,16 @@ def write_forever(path, pipe):
 
 
 def test_kill_at_any_moment_leaves_a_whole_file(tmp_path):
-    path, dice = tmp_path/'file', random.Random(0)
+    path, dice, seen = tmp_path/'file', random.Random(0), set()
     for _ in range(10):
         here, there = mp.Pipe(False)
         p = mp.get_context('fork').Process(target=write_forever, args=(path, there), daemon=True)
         p.start()
         last = here.recv()
-        time.sleep(dice.random()*.05)
+        end = time.monotonic() + dice.random()*.1
+        while time.monotonic() < end:
+            data = path.read_bytes()
+            seen.add((len(set(data)), len(data)))
         p.kill()
         p.join()
         there.close()
@@ -55,6 +58,17 @@ def test_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         data = path.read_bytes()
         assert len(data) == 3_000_000 and len(set(data)) == 1
         assert data[0] in (last % 251, (last + 1) % 251)              # what was told is on the disk
+    assert seen <= {(1, 3_000_000)}                                  # a reader never saw a mixture
+
+
+def test_bytes_are_on_the_disk_before_the_name(tmp_path, monkeypatch):
+    "Without the fsync in front, a power cut could leave the new name on an empty file."
+    calls = []
+    for name in ('fsync', 'replace'):
+        plain = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, name=name, plain=plain: calls.append(name) or plain(*a))
+    store.atomic_write(tmp_path/'file', 'x')
+    assert calls == ['fsync', 'replace', 'fsync']                     # bytes, name, folder
 
 
 FULL = """
