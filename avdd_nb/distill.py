@@ -56,7 +56,8 @@ def _check_finite(step, terms, classes, names):
     for term, values in terms.items():
         bad = (~torch.isfinite(values)).nonzero().flatten()
         if len(bad):
-            raise UserError(f"Step {step}, class {names[classes.start + bad[0].item()]!r}: the term {term!r} is {values[bad[0]].item()}. "
+            name, value = names[classes.start + bad[0].item()], values[bad[0]].item()
+            raise UserError(f"Step {step + 1}, class {name!r}: the term {term!r} is {value}. "
                             "The last finite state is kept; lower lr, or the weight of this term.")
 
 # %% ../nbs/distill.ipynb #48014398
@@ -67,7 +68,7 @@ def _update(optimiser, tensors, step):
     if all(torch.isfinite(x).all() for x in tensors): return
     with torch.no_grad():
         for x, old in zip(tensors, before): x.copy_(old)
-    raise UserError(f"Step {step} would make a pixel infinite. The last finite state is kept; lower lr.")
+    raise UserError(f"Step {step + 1} would make a pixel infinite. The last finite state is kept; lower lr.")
 
 # %% ../nbs/distill.ipynb #81c37048
 def peak_memory_mb(device):
@@ -78,14 +79,16 @@ def peak_memory_mb(device):
 # %% ../nbs/distill.ipynb #1bb7fb69
 def make_optimiser(method, syn):
     "SGD on the pixels of every modality; they become leaves that learn."
-    return torch.optim.SGD([x.requires_grad_(True) for x in syn.tensors.values()], lr=method.lr, momentum=method.momentum)
+    pixels = [x.requires_grad_(True) for x in syn.tensors.values()]
+    return torch.optim.SGD(pixels, lr=method.lr, momentum=method.momentum)
 
 # %% ../nbs/distill.ipynb #a812850b
 def distill(method, syn, source, steps, optimiser=None, start=0, at_once=None, bf16=False):
     """Moves the pixels of `syn` in place; yields a `Progress` after every step from `start` + 1 to `steps`.
 
-    source: `.at(step)` → `Draw`; at_once: classes per forward pass (default: what fits in memory); bf16: networks in bfloat16.
-    With `method.per_class_steps`, each class is followed by an optimiser step on the whole tensor (the reference code's order).
+    source: `.at(step)` → `Draw`; at_once: classes per forward pass (default: what fits in memory); bf16: networks in
+    bfloat16. With `method.per_class_steps`, an optimiser step on the whole tensor follows each class (the reference
+    code's order).
     """
     optimiser, tensors = optimiser or make_optimiser(method, syn), list(syn.tensors.values())
     at_once = 1 if method.per_class_steps else at_once or classes_that_fit(syn, method.width)
@@ -94,7 +97,8 @@ def distill(method, syn, source, steps, optimiser=None, start=0, at_once=None, b
         draw, sums = source.at(step), {}
         optimiser.zero_grad(set_to_none=False)
         for classes in chunks(syn.n_classes, at_once):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): terms = class_terms(method, syn, draw, classes)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                terms = class_terms(method, syn, draw, classes)
             _check_finite(step, terms, classes, syn.classes)
             sum(terms.values()).sum().backward()
             for t, v in terms.items(): sums[t] = sums.get(t, 0.) + v.detach().sum().item()

@@ -6,7 +6,7 @@
 __all__ = ['PROTOCOLS', 'Protocol', 'make_protocol', 'accuracies', 'evaluate', 'side_by_side', 'summarise']
 
 # %% ../nbs/evaluate.ipynb #08d383cc
-import dataclasses, time
+import dataclasses, hashlib, json, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 import torch
@@ -23,6 +23,11 @@ class Protocol(Recipe):
     updates: int = hp(0, 0, 1_000_000, "train for this many updates instead of `epochs` (0: use epochs)")
     epochs_whole: int = hp(3, 1, 1000, "epochs on the whole real data")
 
+    @property
+    def digest(self):
+        "8 hex characters that change with any field."
+        return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
     def for_size(self, n, whole=False):
         "The protocol with the number of epochs it means for `n` training samples."
         if whole: return dataclasses.replace(self, epochs=self.epochs_whole)
@@ -31,12 +36,11 @@ class Protocol(Recipe):
 # %% ../nbs/evaluate.ipynb #9dc08581
 PROTOCOLS = {p.name: p for p in (
     Protocol(name='paper'),
-    Protocol(name='thorough', updates=800, batch=64, lr_image=1e-3, schedule='cosine'),
-    Protocol(name='fast', epochs=10, lr_image=1e-3, schedule='cosine'))}
+    Protocol(name='thorough', updates=800, batch=64, lr_image=1e-3, schedule='cosine'))}
 
 # %% ../nbs/evaluate.ipynb #9cb61881
 def make_protocol(name='paper', /, **options):
-    "The protocol called `name`, with some fields changed; a changed protocol is called `name*` so that no table mixes the two."
+    "The protocol called `name`, with some fields changed; a changed one is called `name*`."
     base = choose(name, PROTOCOLS, "protocol")
     values = {f.name: getattr(base, f.name) for f in dataclasses.fields(base)} | options
     made = configure(Protocol, **values)
@@ -46,8 +50,9 @@ def make_protocol(name='paper', /, **options):
 def accuracies(logits, labels):
     "Percent correct by (modality, fusion): every single modality, and all of them ('AV') under each fusion rule."
     percent = lambda p: (p.argmax(1) == labels).double().mean().item()*100
-    rows = [dict(modality='AV', fusion=f, accuracy=percent(probabilities(logits, f))) for f in FUSIONS] if len(logits) > 1 else []
-    return rows + [dict(modality=m, fusion='', accuracy=percent(z)) for m, z in logits.items()]
+    single = [dict(modality=m, fusion='', accuracy=percent(z)) for m, z in logits.items()]
+    if len(single) == 1: return single
+    return [dict(modality='AV', fusion=f, accuracy=percent(probabilities(logits, f))) for f in FUSIONS] + single
 
 # %% ../nbs/evaluate.ipynb #c7c0e5c5
 def _samples(train):
@@ -60,17 +65,19 @@ def _samples(train):
 # %% ../nbs/evaluate.ipynb #b18ec431
 def _check_alike(train, test):
     for m, s in train.modalities.items():
-        if m not in test.modalities: raise UserError(f"The training set has the modality {m!r}, the test set has {sorted(test.modalities)}.")
-        if tuple(s.shape) != tuple(test.modalities[m].shape):
-            raise UserError(f"{m!r} has shape {tuple(s.shape)} in training and {tuple(test.modalities[m].shape)} in the test set.")
+        if m not in test.modalities:
+            raise UserError(f"The training set has the modality {m!r}, the test set has {sorted(test.modalities)}.")
+        here, there = tuple(s.shape), tuple(test.modalities[m].shape)
+        if here != there: raise UserError(f"{m!r} has shape {here} in training and {there} in the test set.")
     if list(train.classes) != list(test.classes): raise UserError("Training and test set have different class lists.")
 
 # %% ../nbs/evaluate.ipynb #b882e6ad
 def evaluate(train, test, protocol=PROTOCOLS['paper'], seeds=3, workers=None, progress=None):
     """Tidy rows (one per seed × modality × fusion) of networks trained on `train` and scored on the real `test`.
 
-    train: `SyntheticSet` or `PairedData`; seeds: how many, or a list; progress: called with the finished fraction of all epochs.
-    A row: protocol, arch, width, epochs, n_train, seed, modality ('AV' or one name), fusion, accuracy (percent), seconds.
+    train: `SyntheticSet` or `PairedData`; seeds: how many, or a list; progress: called with the finished fraction.
+    A row: protocol, digest, arch, width, epochs, n_train, seed, modality ('AV' or one name), fusion, accuracy (percent),
+    seconds.
     """
     _check_alike(train, test)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -88,14 +95,15 @@ def evaluate(train, test, protocol=PROTOCOLS['paper'], seeds=3, workers=None, pr
         start = time.perf_counter()
         model = fit(models.pop(seed), train.modalities, batch_of, labels, recipe, seed, after_epoch)
         found = accuracies(predict(model, test, bf16=recipe.bf16), test.labels)
-        shared = dict(protocol=recipe.name, arch=recipe.arch, width=recipe.width, epochs=recipe.epochs, n_train=len(labels), seed=seed)
+        shared = dict(protocol=protocol.name, digest=protocol.digest, arch=recipe.arch, width=recipe.width,
+                      epochs=recipe.epochs, n_train=len(labels), seed=seed)
         return [shared | row | dict(seconds=time.perf_counter() - start) for row in found]
 
     return [row for rows in side_by_side(one, seeds, workers if labels.device.type == 'cpu' else 1) for row in rows]
 
 # %% ../nbs/evaluate.ipynb #8853b357
 def side_by_side(job, items, workers=None):
-    "[job(i) for i in items], on `workers` threads that share the cores (by default: as many as there are torch threads)."
+    "[job(i) for i in items], on `workers` threads that share the cores (default: as many as torch has threads)."
     threads = torch.get_num_threads()
     workers = min(workers or threads, len(items))
     if workers <= 1: return [job(i) for i in items]
@@ -108,9 +116,9 @@ def side_by_side(job, items, workers=None):
 def summarise(rows, by=('method', 'ipc')):
     "Mean ± std and n of accuracy as a pandas frame, one line per setting. Rows of two protocols are a `UserError`."
     frame = need('pandas').DataFrame(rows)
-    protocols = sorted({(r['protocol'], r['arch'], r['width']) for r in rows})
+    protocols = sorted({f"{r['protocol']} {r['digest']}" for r in rows})
     if len(protocols) > 1:
-        raise UserError(f"These rows come from {len(protocols)} protocols ({'; '.join(map(str, protocols))}): summarise each by itself.")
+        raise UserError(f"These rows come from {len(protocols)} protocols ({', '.join(protocols)}): summarise each by itself.")
     keys = [k for k in (*by, 'protocol', 'modality', 'fusion') if k in frame]
     table = frame.groupby(keys, sort=False).accuracy.agg(['mean', 'std', 'count']).reset_index()
     return table.rename(columns=dict(count='n')).fillna({'std': 0.})

@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'Recipe', 'new_model', 'fit', 'predict']
 import math
 from dataclasses import dataclass
 import torch
-from .core import choose, hp, rng, seed_of, seeded
+from .core import hp, rng, seed_of, seeded
 from .match import augment
 from .nets.convnet import build
 from .nets.fusion import Ensemble
@@ -24,7 +24,7 @@ class Recipe:
     lr_image: float = hp(1e-4, 0, 10, "Adam step size of networks that see pictures")
     weight_decay: float = hp(1e-4, 0, 1, "L2, as Adam adds it")
     schedule: str = hp('steps', choices=['steps', 'cosine', 'constant'], help="how the step size falls")
-    strategy: str = hp(augment.DSA, help="augmentations, one operation per batch with parameters per sample; '' for none")
+    strategy: str = hp(augment.DSA, help="augmentations, one operation a batch, parameters per sample; '' for none")
     arch: str = hp('ConvNet', help="network")
     width: int = hp(128, 1, 4096, "channels of that network")
     head_init: str = hp('reference', choices=['reference', 'default'], help="initial weights of the classifiers")
@@ -70,9 +70,10 @@ def fit(model, modalities, batch_of, labels, recipe, seed, after_epoch=None):
     for e in range(recipe.epochs):
         for i, idx in enumerate(torch.randperm(n, generator=gen).to(device).split(recipe.batch)):
             t = e/recipe.epochs if recipe.schedule == 'steps' else (e + i/updates)/recipe.epochs
-            for g, lr in zip(optimiser.param_groups, base): g['lr'] = lr*choose(recipe.schedule, SCHEDULES, "schedule")(t)
+            for g, lr in zip(optimiser.param_groups, base): g['lr'] = lr*SCHEDULES[recipe.schedule](t)
             x = _augmented(batch_of(idx), recipe.strategy, gen)
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16): loss = model.loss(model(x), labels[idx])
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bf16):
+                loss = model.loss(model(x), labels[idx])
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -85,5 +86,6 @@ def predict(model, data, batch=500, bf16=False):
     "modality → logits (N, C) of a trained model on a `PairedData`."
     parts = []
     for idx in torch.arange(len(data), device=data.device).split(batch):
-        with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16): parts.append(model(data.batch(idx)))
+        with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
+            parts.append(model(data.batch(idx)))
     return {m: torch.cat([p[m] for p in parts]).float() for m in parts[0]}

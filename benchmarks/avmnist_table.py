@@ -23,7 +23,8 @@ def jobs(args):
     cells = [(label, ipc, seed) for label in METHODS for ipc in args.ipc for seed in range(args.seeds)]
 
     def cost(cell):
-        return cell[1] * (4 if 'tiles' in cell[0] or 'AVDD' in cell[0] else 1) * (2 if METHODS[cell[0]] in LEARNERS else 1)
+        label, ipc, _ = cell
+        return ipc * (4 if 'tiles' in label or 'AVDD' in label else 1) * (2 if METHODS[label] in LEARNERS else 1)
 
     return [('Whole data', 0, s) for s in range(args.seeds)] + sorted(cells, key=cost, reverse=True)
 
