@@ -4,7 +4,7 @@
     python benchmarks/distill_step.py --data-root DATA --accuracy     # time to Algorithm 1's accuracy after 100 steps
 
 Without --data-root it uses the built-in world. The real side is 128 pairs per class in both; networks have --width
-channels, those of `narrow` half as many. Steps alternate between the variants, so that a busy machine slows all of them alike.
+channels, those of `narrow` half as many. Steps alternate between the variants: a busy machine slows all of them alike.
 """
 import argparse
 import copy
@@ -104,7 +104,7 @@ def main():
     p.add_argument('--accuracy', action='store_true')
     args = p.parse_args()
     splits = load('avmnist', args.data_root) if args.data_root else load('soundshapes')
-    print(f"{splits.train!r}\ntorch {torch.__version__}, {torch.get_num_threads()} threads, width {args.width}", flush=True)
+    print(f"{splits.train!r}\ntorch {torch.__version__}, {torch.get_num_threads()} threads, width {args.width}")
     for ipc in args.ipc:
         (accuracy(splits.train, splits.test, ipc, args) if args.accuracy else speed(splits.train, ipc, args))
 
