@@ -19,14 +19,14 @@ LEARNERS = {'dm', 'dm+h+f', 'avdd'}
 
 
 def jobs(args):
-    "All cells as (label, ipc, seed), the longest first."
+    "All cells as (label, ipc, seed): small budgets first, the longest of a budget first."
     cells = [(label, ipc, seed) for label in METHODS for ipc in args.ipc for seed in range(args.seeds)]
 
     def cost(cell):
         label, ipc, _ = cell
         return ipc * (4 if 'tiles' in label or 'AVDD' in label else 1) * (2 if METHODS[label] in LEARNERS else 1)
 
-    return [('Whole data', 0, s) for s in range(args.seeds)] + sorted(cells, key=cost, reverse=True)
+    return [('Whole data', 0, s) for s in range(args.seeds)] + sorted(cells, key=lambda cell: (cell[1], -cost(cell)))
 
 
 def cell(label, ipc, seed, args):
