@@ -17,7 +17,7 @@ class UserError(ValueError):
 
 # %% ../nbs/core.ipynb #0bd628ef
 def choose(name, options, what):
-    "The entry of `options` (a dict, or a list of names) called `name`. Raises `UserError` with the nearest name otherwise."
+    "The entry of `options` (a dict or a list of names) called `name`; a `UserError` with the nearest name if none is."
     if name in options: return options[name] if isinstance(options, dict) else name
     near = difflib.get_close_matches(str(name), map(str, options), n=1, cutoff=.4)
     hint = f"; did you mean {near[0]!r}?" if near else "."
@@ -47,7 +47,10 @@ def rng(*parts, device='cpu'):
 # %% ../nbs/core.ipynb #1257dc00
 @contextmanager
 def seeded(*parts):
-    "Inside, torch's global CPU generator runs on the stream named by `parts`; outside, nothing has moved. For `nn.Module` init."
+    """Inside, torch's global CPU generator runs on the stream named by `parts`; outside, nothing has moved.
+
+    For `nn.Module`, whose initialisation takes no generator.
+    """
     import torch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(*parts))
@@ -60,13 +63,15 @@ def hp(default, low=None, high=None, help='', choices=None, unit=''):
 
 # %% ../nbs/core.ipynb #b79084d3
 def check_value(field, value, where):
-    "`value` converted to the type of the field's default; a `UserError` where it does not fit its type, range or choices."
+    "`value` converted to the type of the field's default; a `UserError` if it does not fit its type, range or choices."
     meta, kind = field.metadata, type(field.default)
     try:
         text = isinstance(value, str)
         if kind is bool and text: value = {'true': True, 'false': False, '1': True, '0': False}[value.lower()]
         elif kind is int and float(value) != int(float(value)): raise ValueError
-        elif kind is int: value = int(value) if isinstance(value, int) or text and value.strip().lstrip('+-').isdecimal() else int(float(value))
+        elif kind is int:
+            exact = isinstance(value, int) or text and value.strip().lstrip('+-').isdecimal()
+            value = int(value if exact else float(value))
         elif kind is float: value = float(value)
         elif not isinstance(value, kind): raise ValueError
     except (KeyError, ValueError, TypeError, OverflowError) as e:
@@ -79,9 +84,10 @@ def check_value(field, value, where):
 
 # %% ../nbs/core.ipynb #0566cc40
 def configure(cls, /, **values):
-    "An instance of the dataclass `cls` from named values (also strings), each checked. Misspelt names stop with the nearest one."
+    "An instance of the dataclass `cls` from named values (also strings), each checked; a wrong name is a `UserError`."
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
-    return cls(**{k: check_value(choose(k, fields, f"field of {cls.__name__}"), v, cls.__name__) for k, v in values.items()})
+    field = lambda name: choose(name, fields, f"field of {cls.__name__}")
+    return cls(**{k: check_value(field(k), v, cls.__name__) for k, v in values.items()})
 
 # %% ../nbs/core.ipynb #eb91225b
 def patch(f=None, *, as_prop=False):

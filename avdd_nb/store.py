@@ -15,7 +15,7 @@ from .core import UserError, cache_dir
 
 # %% ../nbs/store.ipynb #4927276c
 def atomic_write(path, data):
-    "Writes `data` (bytes or text) to `path` so that a crash at any moment leaves the old file or the new one. Returns the path."
+    "The `path`, after `data` (bytes or text) was written to it; a crash at any moment leaves the old file or the new."
     path, tmp = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +53,10 @@ def read_json(path):
 
 # %% ../nbs/store.ipynb #c973f8d2
 def save_tensors(path, tensors, meta=None):
-    "Writes `tensors` (name → tensor) to `path` (.safetensors) and a manifest `path.json` with its SHA-256, shapes and `meta`."
+    """The `path` (.safetensors), after `tensors` (name → tensor) were written to it.
+
+    A manifest `path.json` beside it has the file's SHA-256, the shapes and `meta`.
+    """
     path, data = Path(path), _save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
     manifest = dict(sha256=hashlib.sha256(data).hexdigest(), meta=meta or {},
                     tensors={k: dict(shape=list(v.shape), dtype=str(v.dtype)[6:]) for k, v in tensors.items()})
@@ -73,7 +76,8 @@ def load_tensors(path, device='cpu'):
     try: data = Path(path).read_bytes()
     except FileNotFoundError: raise UserError(f"There is no file {path}.") from None
     if not isinstance(manifest, dict) or manifest.get('sha256') != hashlib.sha256(data).hexdigest():
-        raise UserError(f"{path} does not match the SHA-256 of its manifest: it was changed or cut. Copy it again or make it anew.")
+        raise UserError(f"{path} does not match the SHA-256 of its manifest: it was changed or cut. "
+                        "Copy it again or make it anew.")
     try: tensors = _load(data)
     except SafetensorError as e: raise UserError(f"{path} is not a safetensors file: {e}.") from e
     return {k: v.to(device) for k, v in tensors.items()}, manifest.get('meta', {})
@@ -99,7 +103,8 @@ def append_event(path, event):
     "Adds one JSON line to the events file `path`."
     try:
         with open(path, 'a') as f: f.write(json.dumps(event) + '\n')
-    except OSError as e: raise UserError(f"Could not write {path}: {e.strerror or e}. Free some space or choose another folder.") from e
+    except OSError as e:
+        raise UserError(f"Could not write {path}: {e.strerror or e}. Free some space or choose another folder.") from e
 
 # %% ../nbs/store.ipynb #d8af6067
 def read_events(path):
@@ -120,7 +125,7 @@ def truncate_events(path, step):
 # %% ../nbs/store.ipynb #6354c20b
 @contextlib.contextmanager
 def lock(path, wait=True):
-    "Holds an exclusive lock on the file `path`. With `wait=False`, yields False at once where another process holds it."
+    "Holds an exclusive lock on the file `path`; with `wait=False`, yields False at once if another process holds it."
     import fcntl
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'a') as f:
@@ -132,9 +137,10 @@ def lock(path, wait=True):
 
 # %% ../nbs/store.ipynb #4b2ac443
 def cached(kind, key, make):
-    """(tensors, meta) kept in the cache under `kind` and the hash of `key` (JSON-able), made by `make()` where they are not there yet.
+    """(tensors, meta) kept in the cache under `kind` and the hash of `key` (JSON-able).
 
-    Many processes may ask at once: one makes, the others wait and read. A damaged file is made anew.
+    What is not there yet is made by `make()`. Many processes may ask at once: one makes, the others wait and read.
+    A damaged file is made anew.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_dir()/kind/f"{digest}.safetensors"

@@ -9,7 +9,7 @@ __all__ = ['ORDERS', 'decode', 'mosaic', 'SyntheticSet', 'from_real', 'save_syns
 from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
-from .core import UserError, choose
+from .core import UserError, choose, patch
 from .data.paired import Modality
 from .store import load_tensors, save_tensors
 
@@ -24,9 +24,9 @@ def _tiles(shape, l, order):
 ORDERS = ('column', 'row')
 
 def decode(x, l, order='column'):
-    """The l² tiles of mosaics `x` (N, ch, H, W), each enlarged to (H, W): (l²·N, ch, H, W), tile by tile, each for all of N.
+    """The l² tiles of mosaics `x` (N, ch, H, W), each enlarged to (H, W): (l²·N, ch, H, W).
 
-    Bilinear, `align_corners=False`. Source: AVDD section 3.4 (factor technique of IDM).
+    Tile by tile, each for all of N; bilinear, `align_corners=False`. Source: AVDD section 3.4 (IDM's factor technique).
     """
     choose(order, ORDERS, "tile order")
     if l == 1: return x
@@ -44,7 +44,10 @@ def mosaic(x, l, order='column'):
 # %% ../nbs/synset.ipynb #85548ae6
 @dataclass
 class SyntheticSet:
-    "Learnable pairs: `tensors` modality → (N, *shape), normalised float32; `labels` (N,) or (N, C); `factor` l and its tile `order`."
+    """Learnable pairs, N of them, class-major.
+
+    `tensors`: modality → (N, *shape), normalised float32; `labels`: (N,) or (N, C); `factor`: l, with its tile `order`.
+    """
     tensors: dict
     labels: torch.Tensor
     modalities: dict
@@ -76,26 +79,31 @@ class SyntheticSet:
         tensors = {m: decode(x[idx], self.factor, self.order) for m, x in self.tensors.items()}
         return tensors, self.decoded_labels(idx)
 
-    def decoded_labels(self, idx=slice(None)):
-        "The labels of `decode(idx)`."
-        tiles = self.factor**2
-        if self.tile_labels is not None: return self.tile_labels.unflatten(0, (tiles, len(self)))[:, idx].flatten(0, 1)
-        return self.labels[idx].repeat(tiles, *[1]*(self.labels.dim() - 1))
+# %% ../nbs/synset.ipynb #e1aaaa2f
+@patch
+def decoded_labels(self: SyntheticSet, idx=slice(None)):
+    "The labels of `decode(idx)`."
+    tiles = self.factor**2
+    if self.tile_labels is not None: return self.tile_labels.unflatten(0, (tiles, len(self)))[:, idx].flatten(0, 1)
+    return self.labels[idx].repeat(tiles, *[1]*(self.labels.dim() - 1))
 
-    def to(self, device):
-        "The same set on `device`."
-        move = lambda x: None if x is None else x.to(device)
-        return SyntheticSet({m: x.to(device) for m, x in self.tensors.items()}, move(self.labels), self.modalities,
-                            self.classes, self.factor, self.order, move(self.tile_labels), self.provenance)
+# %% ../nbs/synset.ipynb #0a56031c
+@patch
+def to(self: SyntheticSet, device):
+    "The same set on `device`."
+    move = lambda x: None if x is None else x.to(device)
+    return SyntheticSet({m: x.to(device) for m, x in self.tensors.items()}, move(self.labels), self.modalities,
+                        self.classes, self.factor, self.order, move(self.tile_labels), self.provenance)
 
 # %% ../nbs/synset.ipynb #e76938b3
 def from_real(data, idx, factor=1, order='column', **provenance):
     """A `SyntheticSet` that starts as the real pairs `idx` (C, ipc·l²) of `data`, in the order of selection.
 
-    With l > 1, the first ipc pairs of a class fill the first tiles of its samples, the next ipc the second tiles, and so on.
+    With l > 1, the first ipc pairs of a class fill the first tiles of its samples, the next ipc the second, and so on.
     """
     C, n = idx.shape
-    if n % factor**2: raise UserError(f"{n} real pairs per class do not fill samples of {factor}×{factor} tiles evenly.")
+    if n % factor**2:
+        raise UserError(f"{n} real pairs per class do not fill samples of {factor}×{factor} tiles evenly.")
     by_tile = idx.view(C, factor**2, -1).transpose(0, 1).flatten(1)                       # (l², C·ipc)
     x = data.batch(by_tile.flatten())
     tensors = {m: mosaic(v.unflatten(0, by_tile.shape), factor, order) for m, v in x.items()}
