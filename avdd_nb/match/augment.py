@@ -58,7 +58,7 @@ def crop(x, dh, dw):
     moved = x[batch, :, rows.clamp(0, H - 1)[:, :, None], cols.clamp(0, W - 1)[:, None, :]]
     return moved.permute(0, 3, 1, 2) * inside
 
-
+# %% ../../nbs/match/augment.ipynb #6a68de97
 def half(side):
     "Half a side, rounded up from .5."
     return math.floor(side * .5 + .5)
@@ -114,7 +114,7 @@ def cutout_values(u, h, w):
     n, m = cells('cutout', h, w)
     return u[0] * n // 1, u[1] * m // 1
 
-
+# %% ../../nbs/match/augment.ipynb #4c3b1bf3
 def scale_values(u, h, w):
     "Factors between 1/1.2 and 1.2."
     return tuple(v * (1.2 - 1 / 1.2) + 1 / 1.2 for v in u[:2])
@@ -162,7 +162,7 @@ class Omega:
         parse(self.op)
         object.__setattr__(self, 'u', tuple(tuple(v) if isinstance(v, (list, tuple)) else v for v in self.u))
 
-
+# %% ../../nbs/match/augment.ipynb #1bd6efb2
 def draw(generator, strategy=DSA, n=None):
     """A random Omega; only `generator` (a CPU `torch.Generator`) advances, by the same amount for every op.
 

@@ -28,7 +28,7 @@ def herding(features, k, generator=None):
 
 # %% ../../nbs/match/coreset.ipynb #37c1eaae
 def kcenter(features, k, generator=None):
-    "k rows of `features` (n, D), each the farthest from those before it; the first is nearest the mean: LongTensor (k,)."
+    "k rows of `features` (n, D), each the farthest from those before, the first nearest the mean: LongTensor (k,)."
     f = features.double()
     picks = [(f - f.mean(0)).square().sum(1).argmin()]
     nearest = torch.full_like(f[:, 0], torch.inf)
@@ -43,13 +43,15 @@ SELECTORS = {'random': random, 'herding': herding, 'kcenter': kcenter}
 
 
 def select(name, features, labels, k, seed=0):
-    """k samples of every class, in order of choice: LongTensor (C, k) of indices into `features` (N, …) and `labels` (N,).
+    """k samples of every class, in order of choice: LongTensor (C, k) of indices.
 
-    'random' looks only at the length of `features`; its streams are independent for each seed and class.
+    They point into `features` (N, …) and `labels` (N,). 'random' looks only at the length of `features`; its streams
+    are independent for each seed and class.
     """
     pick, rows = choose(name, SELECTORS, 'selection'), []
     if not torch.isfinite(features).all():
-        raise UserError("the features to select by contain NaN or infinity: check the data or the network they come from")
+        raise UserError("the features to select by contain NaN or infinity: "
+                        "check the data or the network they come from")
     for c, n in enumerate(torch.bincount(labels).tolist()):
         if n < k:
             raise UserError(f"class {c} has {n} samples, but {k} are asked for: lower the budget or merge classes")

@@ -51,13 +51,17 @@ def real_means(draw, data, idx=None, batch=512):
     for part in idx.split(batch):
         part, labels = part.to(data.device), data.labels[part.to(data.device)]
         for m, f in draw.embed(data.batch(part)).items():
-            sums.setdefault(m, torch.zeros(data.n_classes, f.shape[1], device=f.device, dtype=torch.float64)).index_add_(0, labels, f.double())
+            if m not in sums: sums[m] = f.new_zeros(data.n_classes, f.shape[1], dtype=torch.float64)
+            sums[m].index_add_(0, labels, f.double())
     return {m: (s/counts[:, None].clamp_min(1)).float() for m, s in sums.items()}
 
 # %% ../../nbs/match/pool.ipynb #13815859
 @dataclass
 class FreshDraws:
-    "A new network, ω and batch of `real_batch` real pairs per class at every step: the literal loop of DM and AVDD (Algorithm 1)."
+    """A new network, ω and batch of `real_batch` real pairs per class at every step.
+
+    The literal loop of DM and AVDD (Algorithm 1).
+    """
     data: object
     width: int = 128
     strategy: str = augment.DSA
@@ -79,7 +83,8 @@ class FeaturePool:
         self.real_batch, self.seed, self.keep, self._entries = real_batch, seed, keep, {}
 
     def _key(self, k):
-        return dict(data=self.data.hash, width=self.width, strategy=self.strategy, real_batch=self.real_batch, seed=self.seed, entry=k)
+        return dict(data=self.data.hash, width=self.width, strategy=self.strategy, real_batch=self.real_batch,
+                    seed=self.seed, entry=k)
 
     def _indices(self, k):
         n = min(self.real_batch, int(self.data._by_class[2].min()))

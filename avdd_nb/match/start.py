@@ -20,11 +20,12 @@ def _trained_nets(data, seed):
     fit(model, data.modalities, data.batch, data.labels, recipe, seed_of('features', seed))
     return dict(zip(model.modalities, model.nets))
 
-# %% ../../nbs/match/start.ipynb #8e1b8692
-FEATURES = dict(trained=_trained_nets, random=lambda data, seed: random_nets(data.modalities, 64, data.device, 'features', seed))
+# %% ../../nbs/match/start.ipynb #9e69a41d
+FEATURES = dict(trained=_trained_nets,
+                random=lambda data, seed: random_nets(data.modalities, 64, data.device, 'features', seed))
 
 def pair_features(data, features='trained', seed=0, batch=512):
-    "Joint features (N, ΣD) of all pairs: embeddings of every modality, concatenated, from networks named in `FEATURES`."
+    "Joint features (N, ΣD) of all pairs: the embeddings of every modality side by side, from the `FEATURES` networks."
     nets = choose(features, FEATURES, "feature source")(data, seed)
     def embed(x): return torch.cat([net(x[m]) for m, net in nets.items()], 1)
     with torch.no_grad():
@@ -34,7 +35,7 @@ def pair_features(data, features='trained', seed=0, batch=512):
 BLIND = {'random'}      # rules that look at no features
 
 def starting_pairs(data, init, k, features='trained', seed=0):
-    "Indices (C, k) of the `k` pairs per class that rule `init` ranks first, in its order. Kept on disk under the data's hash."
+    "Indices (C, k) of the `k` pairs per class that rule `init` ranks first, in its order; kept under the data's hash."
     key = dict(data=data.hash, init=init, k=k, features='' if init in BLIND else features, seed=seed)
     def rank():
         found = torch.zeros(len(data), 1) if init in BLIND else pair_features(data, features, seed)

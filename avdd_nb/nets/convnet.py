@@ -22,6 +22,7 @@ def block(c_in, width, pool):
 class Halve(nn.Module):
     "Average of every 2×2 pixels: (B, C, H, W) → (B, C, H // 2, W // 2)."
     def forward(self, x):
+        "`x` at half its height and width."
         if x.device.type != 'cpu' or x.dtype != torch.float32:
             return F.avg_pool2d(x, 2)
         channels = x.shape[1]
