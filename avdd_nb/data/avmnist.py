@@ -64,7 +64,8 @@ def check(root=None):
     missing = [f'MNIST ({len(mnist)} of 4 files)'] if len(mnist) < 4 else []
     if fsdd is None: missing.append('spoken digits (FSDD)')
     if missing: return False, f"{' and '.join(missing)} missing in {data_root(root)}"
-    return True, f"MNIST in {mnist['train-images-idx3-ubyte'].parent}, {len(list(fsdd.glob('*.wav')))} recordings in {fsdd}"
+    recordings = len(list(fsdd.glob('*.wav')))
+    return True, f"MNIST in {mnist['train-images-idx3-ubyte'].parent}, {recordings} recordings in {fsdd}"
 
 # %% ../../nbs/data/avmnist.ipynb #5a3afbc7
 def _segment_digits(labels, gen):
@@ -90,7 +91,10 @@ def _write_idx(path, x):
 
 # %% ../../nbs/data/avmnist.ipynb #21ded40b
 def write_miniature(root, images=40, test_images=12, takes=8, seed=0):
-    "Writes a toy MNIST + FSDD in the official layout under `root`: `images` a class, `takes` recordings a speaker. → root"
+    """The path `root`, after a toy MNIST + FSDD was written under it in the official layout.
+
+    `images` and `test_images` a class, `takes` recordings a digit of each of two speakers.
+    """
     root, gen = Path(root), rng('miniature', seed)
     for part, n in (('train', images), ('t10k', test_images)):
         labels = torch.arange(10).repeat(n)[torch.randperm(10*n, generator=gen)]
@@ -109,7 +113,7 @@ def write_miniature(root, images=40, test_images=12, takes=8, seed=0):
 
 # %% ../../nbs/data/avmnist.ipynb #98314b9b
 def read_idx(path, md5=None):
-    "The array of bytes in an idx file, zipped or not; UserError if it is cut short, no idx file, or its md5 is another."
+    "The array of bytes in an idx file, zipped or not; UserError if it is cut short, no idx file, or has another md5."
     try: data = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
     except (OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path} cannot be read ({e or 'cut short'}): get it again") from e
@@ -131,8 +135,10 @@ def read_mnist(paths, official=True):
     for split, part in (('train', 'train'), ('test', 't10k')):
         x, y = raw[f'{part}-images-idx3-ubyte'], raw[f'{part}-labels-idx1-ubyte'].long()
         where = paths[f'{part}-images-idx3-ubyte']
-        if x.shape[1:] != (28, 28): raise UserError(f"{where} holds items of shape {tuple(x.shape[1:])}, expected 28×28")
-        if len(x) != len(y): raise UserError(f"{where} holds {len(x)} images, but there are {len(y)} labels: get both again")
+        if x.shape[1:] != (28, 28):
+            raise UserError(f"{where} holds items of shape {tuple(x.shape[1:])}, expected 28×28")
+        if len(x) != len(y):
+            raise UserError(f"{where} holds {len(x)} images, but there are {len(y)} labels: get both again")
         if len(y) and y.max() > 9: raise UserError(f"the labels beside {where} go up to {y.max()}, expected 0…9")
         out[split] = x, y
     return out
@@ -163,14 +169,18 @@ def _read_recordings(rows, sr):
         except UserError as e: bad.append(e)
         else: waves.append(audio.resample(wave, rate, sr))
     if bad:
-        more = f" (and {len(bad) - 1} more: {', '.join(str(e).split()[0].split('/')[-1] for e in bad[1:4])} …)" if bad[1:] else ''
+        names = ', '.join(str(e).split()[0].split('/')[-1] for e in bad[1:4])
+        more = f" (and {len(bad) - 1} more: {names} …)" if bad[1:] else ''
         raise UserError(f"{bad[0]}{more}")
     return waves
 
 # %% ../../nbs/data/avmnist.ipynb #f56aaaed
 def keep_energy(train, others, energy):
-    """The image sets (N, H, W) uint8 rebuilt from the first principal components of `train` that hold the share `energy`
-    of its variance, and how many those are. Source: the degraded AV-MNIST of CentralNet (Vielzeuf et al. 2018)."""
+    """Pair (image sets (N, H, W) uint8, number of components): the sets rebuilt from few principal components.
+
+    They are the first ones of `train` that hold the share `energy` of its variance. Source: the degraded AV-MNIST of
+    CentralNet (Vielzeuf et al. 2018).
+    """
     x = train.flatten(1).double()
     mean = x.mean(0)
     values, vectors = torch.linalg.eigh((x - mean).T @ (x - mean))
@@ -182,12 +192,17 @@ def keep_energy(train, others, energy):
 
 # %% ../../nbs/data/avmnist.ipynb #b0f92871
 def draw_pairs(labels, digits, n, gen):
-    "Two index tensors (10·n,): `n` pairs a digit of one image (`labels`, none twice) and one recording (`digits`), shuffled."
+    """Two index tensors (10·n,): `n` pairs a digit of one image and one recording, shuffled.
+
+    No image (of `labels`) comes twice, no recording (of `digits`) before all of its digit had their turn.
+    """
     images, sounds = [], []
     for d in range(10):
         have, spoken = (labels == d).nonzero()[:, 0], (digits == d).nonzero()[:, 0]
-        if len(have) < n: raise UserError(f"digit {d} has {len(have)} images, {n} pairs a class were asked for: lower it")
-        if not len(spoken): raise UserError(f"digit {d} has no recording on this side of FSDD's split (test: takes 0–4)")
+        if len(have) < n:
+            raise UserError(f"digit {d} has {len(have)} images, {n} pairs a class were asked for: lower it")
+        if not len(spoken):
+            raise UserError(f"digit {d} has no recording on this side of FSDD's split (test: takes 0–4)")
         images.append(have[torch.randperm(len(have), generator=gen)[:n]])
         deals = [torch.randperm(len(spoken), generator=gen) for _ in range(-(-n//len(spoken)))]
         sounds.append(spoken[torch.cat(deals)[:n]])
@@ -205,7 +220,8 @@ def _place(waves, picks, n, gen):
 def spoken(waves, picks, spec, snr_db, *stream, chunk=500):
     """Log-mel pictures (N, 1, F, T) float16 of the recordings `picks`, one noise each at `snr_db` (None: no noise).
 
-    float16, because half the memory costs at most 0.03 dB: far below any difference that noise of 0 dB leaves audible."""
+    Why float16: half the memory costs at most 0.03 dB, far below any difference that noise of 0 dB leaves audible.
+    """
     out = []
     for k, part in enumerate(picks.split(chunk)):
         x = _place(waves, part, spec.length, rng('avmnist', *stream, 'place', k))
@@ -222,7 +238,7 @@ MNIST_GZ_MD5 = {'train-images-idx3-ubyte.gz': 'f68b3c2dcbeaaa9fbdd348bbdeb94873'
                 't10k-images-idx3-ubyte.gz': '9fb629c4189551a2d022fa330f9573f3',
                 't10k-labels-idx1-ubyte.gz': 'ec29112dd5afa0611ce80d1b7f02629c'}
 FSDD_URL = 'https://github.com/Jakobovski/free-spoken-digit-dataset/archive/refs/heads/master.zip'
-FSDD_SHA256 = 'a2e8a660492f28d9eed6270b290d26cbc5c81d6077ce87d3c0ad5adf4d4ee696'   # of `digest` over the 3,000 recordings
+FSDD_SHA256 = 'a2e8a660492f28d9eed6270b290d26cbc5c81d6077ce87d3c0ad5adf4d4ee696'   # `digest` of the 3,000 recordings
 
 # %% ../../nbs/data/avmnist.ipynb #e994604f
 def digest(paths):
@@ -323,9 +339,11 @@ def load(root=None, seed=0, *, n_train=10_000, n_test=2_000, energy=0.5, snr_db=
          mel='avmnist', raw=False, official=True):
     """`Splits` of digit pairs: audio (1, F, T) log-mel float16 in dB, image (1, size, size) uint8, classes '0'…'9'.
 
-    `energy`: share of image variance kept; `snr_db`: voice to pink noise; `clean`: neither blur nor noise; `mel`: preset
-    name, dict or MelSpec; `raw`: audio stays in dB for the networks; `official=False`: accept other files of this layout.
-    Everything is drawn by `seed`. Fetches what is missing. The default is the setting "half" of the published figures."""
+    `energy`: share of image variance kept; `snr_db`: voice to pink noise; `clean`: neither blur nor noise; `mel`:
+    preset name, dict or MelSpec; `raw`: audio stays in dB for the networks; `official=False`: accept other files of
+    this layout. Everything is drawn by `seed`. Fetches what is missing. The default is the setting "half" of the
+    published figures.
+    """
     energy, snr_db = (1., 0.) if clean else (energy, snr_db)
     _check_options(n_train, n_test, energy, snr_db, size)
     spec = _mel_spec(mel)
@@ -337,8 +355,9 @@ def load(root=None, seed=0, *, n_train=10_000, n_test=2_000, energy=0.5, snr_db=
     tensors, meta = cached('avmnist', key, lambda: _make(
         read_mnist(mnist, official), rows, dict(train=n_train, test=n_test), energy, None if clean else snr_db, size,
         spec, seed))
+    genuine = official and key['files'][1] == FSDD_SHA256
     info = dict(source='MNIST (LeCun, Cortes, Burges) paired with the Free Spoken Digit Dataset (Jackson et al.)',
-                licence=LICENCE, files='official' if official and key['files'][1] == FSDD_SHA256 else 'not the official ones',
+                licence=LICENCE, files='official' if genuine else 'not the official ones',
                 note=f"image: {meta['components']} principal components; sound: "
                      + ('clean' if clean else f'pink noise at {snr_db:g} dB') + '; FSDD takes 0–4 are the test')
     return _as_splits(tensors, [r[3].stem for r in rows], spec, raw, size, info)

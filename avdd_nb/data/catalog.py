@@ -23,9 +23,11 @@ def _resolve(target):
 # %% ../../nbs/data/catalog.ipynb #b2970189
 @dataclass(frozen=True)
 class Source:
-    """One kind of data. `load` and `check` are functions or 'module:function'; `about`, `needs`, `licence` are for people.
+    """One kind of data: where its loader is, and what people want to know of it (`about`, `needs`, `licence`).
 
-    `load(root, seed, **options)` gives `Splits`; `check(root)` gives (ready?, one line). No `check`: always ready."""
+    `load` and `check` are functions or 'module:function'. `load(root, seed, **options)` gives `Splits`, `check(root)`
+    gives (ready?, one line). No `check`: always ready.
+    """
     name: str
     load: Callable | str
     about: str

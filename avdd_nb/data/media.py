@@ -35,8 +35,8 @@ CODECS = {'.mp4': ('libx264', 'aac'), '.m4v': ('libx264', 'aac'), '.mkv': ('libx
 def write_video(path, frames, fps=25, sound=None, sr=44100, codecs=None, times=None):
     """`path`, after `frames` (n, H, W, 3) uint8 were encoded to it, with `sound` if there is any.
 
-    `sound`: float (samples,) or (channels, samples) at `sr`. `codecs` (video, audio) overrides `CODECS`. `times` (n,) in
-    seconds gives each frame its own moment (variable frame rate).
+    `sound`: float (samples,) or (channels, samples) at `sr`. `codecs` (video, audio) overrides `CODECS`. `times` (n,)
+    in seconds gives each frame its own moment (variable frame rate).
     """
     av, path = need('av', 'video'), Path(path)
     video, audio = codecs or CODECS[path.suffix.lower()]
@@ -128,10 +128,11 @@ def _frame_time(stream):
 # %% ../../nbs/data/media.ipynb #91c9d719
 @_reasons()
 def probe(path):
-    """What is in the video file `path`: a dict of duration_s, start_s, width, height, codec, fps, audio (its codec or None), sr.
+    """What is in the video file `path`: a dict of facts about its picture, its sound and its length.
 
-    `duration_s` is the picture's length by its packets; `promised_s` is what the header says of the whole file, and
-    `there_s` what there is of it. Raises `Undecodable` for anything that is no video.
+    width, height, codec and fps are the picture's, audio (codec or None) and sr the sound's; start_s and duration_s are
+    the picture's by its packets; promised_s is what the header says of the whole file, and there_s what there is of it.
+    Raises `Undecodable` for anything that is no video.
     """
     with _open(path) as box:
         video, audio = _streams(box)
@@ -148,7 +149,7 @@ def probe(path):
 SLACK = .1
 
 def window_starts(windows, seconds, duration):
-    """Where windows of `seconds` begin in a clip of `duration` seconds: increasing, in seconds; none if it is too short.
+    """Where windows of `seconds` begin in a clip of `duration` seconds: increasing, in seconds; [] if it is too short.
 
     `windows`: 'centre' (one in the middle), 'all' (end to end from 0), or a start, or a list of starts, in seconds.
     """
@@ -300,10 +301,10 @@ def _sounds(path, zero, starts, seconds, sr, jumping=True):
 def decode_video(path, windows='centre', seconds=1., size=96, sr=11000):
     """(arrays, info) of the file `path`, decoded in this process: for files you do not trust there is `decode_videos`.
 
-    arrays: 'image' (n, 3, H, W) uint8, the frame on show at the middle of each window, scaled to `size` (a side, or (H, W))
-    without keeping its aspect; 'sound' (n, seconds·sr) float32, mono, zeros where there is none; 'start' (n,) seconds;
-    'covered' (n,) the share of each window that has sound. info: `probe`'s dict, and 'notes' on what was wrong but usable.
-    n is 0 for a clip that is too short. Raises `Undecodable`.
+    arrays: 'image' (n, 3, H, W) uint8, the frame on show at the middle of each window, scaled to `size` (a side, or
+    (H, W)) without keeping its aspect; 'sound' (n, seconds·sr) float32, mono, zeros where there is none; 'start' (n,)
+    seconds; 'covered' (n,) the share of each window that has sound. n is 0 for a clip that is too short.
+    info: `probe`'s dict, and 'notes' on what was wrong but usable. Raises `Undecodable`.
     """
     info = probe(path) | dict(notes=[])
     size = (size, size) if isinstance(size, int) else tuple(size)
@@ -312,7 +313,8 @@ def decode_video(path, windows='centre', seconds=1., size=96, sr=11000):
     kept = [(s, p) for s, p in zip(starts, pictures) if p is not None]
     if starts and not kept: raise Undecodable("no frame could be decoded where one was needed")
     starts, mute = [s for s, _ in kept], (np.zeros(round(seconds*sr), np.float32), 0.)
-    sounds, deaf = _sounds(path, info['start_s'], starts, seconds, sr) if kept and info['audio'] else ([mute]*len(kept), 0)
+    sounds, deaf = [mute]*len(kept), 0
+    if kept and info['audio']: sounds, deaf = _sounds(path, info['start_s'], starts, seconds, sr)
     info['notes'] = _notes(info, hurt, deaf, len(pictures) - len(kept))
     pack = lambda items, like: np.stack(items) if items else np.zeros((0, *like), np.float32)
     return dict(image=pack([p for _, p in kept], (3, *size)).astype(np.uint8), start=np.array(starts),
@@ -366,7 +368,8 @@ def _attempt(function, args):
     except MemoryError: return dict(ok=False, kind='memory', reason="needs more memory than the limit"), None
     except Undecodable as e: return dict(ok=False, kind='broken', reason=str(e)), None
     except Exception as e:
-        kind = 'access' if type(e) in (PermissionError, FileNotFoundError) else 'broken'   # not FFmpeg's errors, which derive from them
+        exactly = type(e) in (PermissionError, FileNotFoundError)   # FFmpeg's own errors derive from these
+        kind = 'access' if exactly else 'broken'
         return dict(ok=False, kind=kind, reason=f"{type(e).__name__}: {getattr(e, 'strerror', None) or e}"), None
 
 # %% ../../nbs/data/media.ipynb #4b0a5c68
@@ -414,8 +417,9 @@ class Child:
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         env = dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
         self.log, self.used = tempfile.TemporaryFile(), 0
-        self.process = subprocess.Popen([sys.executable, '-c', f'from {HERE} import serve; serve()'], env=env, bufsize=-1,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, start_new_session=True)
+        self.process = subprocess.Popen([sys.executable, '-c', f'from {HERE} import serve; serve()'], env=env,
+                                        bufsize=-1, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+                                        start_new_session=True)
         if self._exchange(dict(function=self.function, memory_mb=self.memory_mb), self.start_s)[0] is None:
             said = self._last_words() or 'it said nothing'
             raise UserError(f"The decoder process did not start ({said}): see `avdd doctor`.")
@@ -427,7 +431,8 @@ class Child:
         clock.daemon = True
         clock.start()
         try:
-            self.process.stdin.write(json.dumps(question).encode() + b'\n'); self.process.stdin.flush()
+            self.process.stdin.write(json.dumps(question).encode() + b'\n')
+            self.process.stdin.flush()
             return _receive(self.process.stdout), late.is_set()
         except (OSError, ValueError): return None, late.is_set()
         finally: clock.cancel()
@@ -436,14 +441,16 @@ class Child:
         self.log.seek(0)
         return self.log.read()[-2000:].decode(errors='replace').strip().split('\n')[-1]
 
-    def stop(self):
-        "Ends the process at once."
-        if self.process is None: return
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout, self.log):
-            with contextlib.suppress(OSError): pipe.close()
-        self.process = None
+# %% ../../nbs/data/media.ipynb #6411af38
+@patch
+def stop(self: Child):
+    "Ends the process at once."
+    if self.process is None: return
+    self.process.kill()
+    self.process.wait()
+    for pipe in (self.process.stdin, self.process.stdout, self.log):
+        with contextlib.suppress(OSError): pipe.close()
+    self.process = None
 
 # %% ../../nbs/data/media.ipynb #21a70dab
 def _death(code):
@@ -463,10 +470,10 @@ def _once(child, args, limit_s):
     if header['kind'] == 'memory': child.stop(); header['reason'] += f" of {child.memory_mb} MB"
     return Outcome(False, kind=header['kind'], reason=header['reason'], seconds=took)
 
-# %% ../../nbs/data/media.ipynb #6411af38
+# %% ../../nbs/data/media.ipynb #bd0e35fc
 @patch
 def ask(self: Child, args, limit_s=60.):
-    "The `Outcome` of calling the function with `args` (a JSON-able dict) within `limit_s` seconds. Bad files do not raise."
+    "The `Outcome` of calling the function with `args` (JSON-able) within `limit_s` seconds; a bad file does not raise."
     worked = self.used if self.process and self.process.poll() is None else 0
     outcome = _once(self, args, limit_s)
     if worked and outcome.kind in ('crash', 'memory'): return _once(self, args, limit_s)
@@ -474,9 +481,10 @@ def ask(self: Child, args, limit_s=60.):
 
 # %% ../../nbs/data/media.ipynb #de0bb8e9
 def isolated(function, questions, workers=None, limit_s=60., memory_mb=2048):
-    """Yields (position, `Outcome`) for each of `questions` (dicts of arguments of `function`, 'module:name') as it is finished.
+    """Yields (position, `Outcome`) for each of `questions`, as it is finished.
 
-    `workers` child processes (default: one a core, at most 8) share the work. Leaving the loop early ends all of them.
+    A question is a dict of arguments of `function` ('module:name'). `workers` child processes (default: one a core, at
+    most 8) share the work. Leaving the loop early ends all of them.
     """
     questions = list(questions)
     todo, done, closing = queue.SimpleQueue(), queue.Queue(), threading.Event()
@@ -568,7 +576,7 @@ def decode_videos(paths, windows='centre', seconds=1., size=96, sr=11000, worker
     """The `Outcome` of `decode_video` for each of `paths`, in their order, decoded in child processes.
 
     limit_s, memory_mb: what one file may take. quarantine: a `Quarantine` that is asked first and told after.
-    keep(position, outcome) is called as each file is finished (to save it). progress: a bar. A broken file never raises.
+    keep(position, outcome) is called as each file is finished (to save it). progress: a bar. Broken files never raise.
     """
     from tqdm.auto import tqdm
     need('av', 'video')
@@ -583,7 +591,8 @@ def decode_videos(paths, windows='centre', seconds=1., size=96, sr=11000, worker
     with contextlib.closing(running), bar:
         for k, outcome in running:
             results[left[k]] = outcome
-            if quarantine is not None and not outcome.ok and outcome.kind != 'access': quarantine.add(paths[left[k]], outcome, limit_s, memory_mb)
+            broken = not outcome.ok and outcome.kind != 'access'
+            if quarantine is not None and broken: quarantine.add(paths[left[k]], outcome, limit_s, memory_mb)
             if keep: keep(left[k], outcome)
             bar.update()
     return [results[i] for i in range(len(paths))]

@@ -14,7 +14,10 @@ from ..core import UserError, choose, patch, rng
 # %% ../../nbs/data/paired.ipynb #a05c7b51
 @dataclass(frozen=True)
 class Modality:
-    "What one modality's numbers mean. `shape` is one item's, `mean`/`std` are per channel on `x·scale`, `meta` is JSON-able."
+    """What one modality's numbers mean.
+
+    `shape` is one item's, `mean` and `std` are per channel on `x·scale`, `meta` is JSON-able.
+    """
     name: str
     kind: str
     shape: tuple
@@ -37,13 +40,6 @@ class Modality:
         if self.kind == 'text': return x
         return (x.float()*self._channels(self.std, x) + self._channels(self.mean, x)) / self.scale
 
-    def fit(self, x):
-        "The same modality with mean and std measured per channel on `x` (N, *shape)."
-        dims = [d for d in range(x.dim()) if d != 1]
-        x = x.double()*self.scale
-        mean, std = x.mean(dims), x.std(dims).clamp_min(1e-6)
-        return dataclasses.replace(self, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-
     def to_json(self):
         "A dict that JSON can write; `Modality.from_json` reads it back."
         return dataclasses.asdict(self)
@@ -53,33 +49,50 @@ class Modality:
         "The modality written by `to_json`."
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
+# %% ../../nbs/data/paired.ipynb #2db374c6
+@patch
+def fit(self: Modality, x):
+    "The same modality with mean and std measured per channel on `x` (N, *shape)."
+    dims = [d for d in range(x.dim()) if d != 1]
+    x = x.double()*self.scale
+    mean, std = x.mean(dims), x.std(dims).clamp_min(1e-6)
+    return dataclasses.replace(self, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+
 # %% ../../nbs/data/paired.ipynb #a703f47b
 def _check_tensor(name, x, modality, n):
-    if len(x) != n: raise UserError(f"Modality {name!r} has {len(x)} items, the others have {n}: pairs must line up one to one.")
-    if tuple(x.shape[1:]) != tuple(modality.shape):
-        raise UserError(f"Items of {name!r} have shape {tuple(x.shape[1:])}, its modality says {tuple(modality.shape)}.")
-    if x.is_floating_point():
-        bad = (~torch.isfinite(x.flatten(1))).any(1).nonzero().flatten()
-        if len(bad): raise UserError(f"Item {bad[0].item()} of {name!r} holds NaN or infinity ({len(bad)} such items): remove or mend them.")
+    if len(x) != n:
+        raise UserError(f"Modality {name!r} has {len(x)} items, the others have {n}: pairs must line up one to one.")
+    found, expected = tuple(x.shape[1:]), tuple(modality.shape)
+    if found != expected: raise UserError(f"Items of {name!r} have shape {found}, its modality says {expected}.")
+    if not x.is_floating_point(): return
+    bad = (~torch.isfinite(x.flatten(1))).any(1).nonzero().flatten()
+    if len(bad):
+        raise UserError(f"Item {bad[0].item()} of {name!r} holds NaN or infinity ({len(bad)} such items): "
+                        "remove or mend them.")
 
 # %% ../../nbs/data/paired.ipynb #95ce5d9d
 def _check_labels(labels, classes, n):
     if len(labels) != n: raise UserError(f"There are {len(labels)} labels for {n} items: each item needs one.")
     bad = ((labels < 0) | (labels >= len(classes))).nonzero().flatten()
-    if len(bad): raise UserError(f"Item {bad[0].item()} has label {labels[bad[0]].item()}, but there are {len(classes)} classes (0 to {len(classes)-1}).")
+    if len(bad):
+        raise UserError(f"Item {bad[0].item()} has label {labels[bad[0]].item()}, "
+                        f"but there are {len(classes)} classes (0 to {len(classes)-1}).")
     counts = torch.bincount(labels, minlength=len(classes))
-    if (counts == 0).any(): raise UserError(f"Class {classes[counts.argmin()]!r} has no items: remove it from the class list or add data.")
+    if (counts == 0).any():
+        raise UserError(f"Class {classes[counts.argmin()]!r} has no items: "
+                        "remove it from the class list or add data.")
 
 # %% ../../nbs/data/paired.ipynb #05272a72
 class PairedData:
-    """Named modalities (name → stored tensor (N, *shape)) of one length, with labels (N,) in 0…C−1 or None, and class names.
+    """Named modalities (name → stored tensor (N, *shape)) of one length, with labels (N,) in 0…C−1 or None.
 
-    `ids` names each item (for error messages and players), `captions` are free texts. Raises `UserError` for lengths that
-    differ, labels without a class, a class without items, NaN or infinity.
+    `classes` are the names of the labels, `ids` names each item (for error messages and players), `captions` are free
+    texts. Raises `UserError` for lengths that differ, labels without a class, a class without items, NaN or infinity.
     """
     def __init__(self, tensors, modalities, labels=None, classes=(), name='data', ids=None, captions=None):
         if not tensors: raise UserError("A paired data set needs at least one modality.")
-        if set(tensors) != set(modalities): raise UserError(f"Tensors {sorted(tensors)} and modalities {sorted(modalities)} differ.")
+        if set(tensors) != set(modalities):
+            raise UserError(f"Tensors {sorted(tensors)} and modalities {sorted(modalities)} differ.")
         n = len(next(iter(tensors.values())))
         if n == 0: raise UserError(f"The data set {name!r} is empty.")
         for m, x in tensors.items(): _check_tensor(m, x, modalities[m], n)
@@ -105,22 +118,26 @@ class PairedData:
         "Where the tensors live."
         return next(iter(self.tensors.values())).device
 
-# %% ../../nbs/data/paired.ipynb #2db374c6
+# %% ../../nbs/data/paired.ipynb #c2d6a1bf
 @patch
 def batch(self: PairedData, idx=slice(None)):
     "The items `idx` as networks see them: dict modality → float32 (len(idx), *shape)."
     return {m: self.modalities[m].normalise(x[idx]) for m, x in self.tensors.items()}
 
-# %% ../../nbs/data/paired.ipynb #c2d6a1bf
+# %% ../../nbs/data/paired.ipynb #61421cff
 @patch
 def per_class(self: PairedData, n, generator, replace=False):
-    "Indices (C, n): `n` random items of every class, without replacement unless `replace`. A class with fewer is a `UserError`."
+    """Indices (C, n): `n` random items of every class.
+
+    Without replacement (a class with fewer is then a `UserError`), unless `replace`.
+    """
     order, starts, counts = self._by_class
     if replace:
         u = torch.rand(self.n_classes, n, generator=generator)
         return order[starts[:, None] + (u*counts[:, None]).long()]
     if n > counts.min():
-        raise UserError(f"Class {self.classes[counts.argmin()]!r} has {counts.min().item()} items, {n} per class were asked for.")
+        raise UserError(f"Class {self.classes[counts.argmin()]!r} has {counts.min().item()} items, "
+                        f"{n} per class were asked for.")
     labels = self.labels.cpu()
     keys = labels + torch.rand(len(labels), generator=generator, dtype=torch.float64)
     return keys.argsort()[starts[:, None] + torch.arange(n)]
@@ -128,7 +145,8 @@ def per_class(self: PairedData, n, generator, replace=False):
 # %% ../../nbs/data/paired.ipynb #9a81022b
 @patch(as_prop=True)
 def _by_class(self: PairedData):
-    if self.labels is None: raise UserError(f"The data set {self.name!r} has no labels, so it cannot be drawn from class by class.")
+    if self.labels is None:
+        raise UserError(f"The data set {self.name!r} has no labels, so it cannot be drawn from class by class.")
     labels = self.labels.cpu()
     counts = torch.bincount(labels, minlength=self.n_classes)
     return labels.argsort(stable=True), counts.cumsum(0) - counts, counts
@@ -140,17 +158,18 @@ def class_indices(self: PairedData):
     order, _, counts = self._by_class
     return list(order.split(counts.tolist()))
 
-# %% ../../nbs/data/paired.ipynb #61421cff
+# %% ../../nbs/data/paired.ipynb #5c15e797
 @patch
 def subset(self: PairedData, idx):
     "The items `idx` as a data set of their own."
     idx = torch.as_tensor(idx, dtype=torch.long)
     pick = lambda items: None if items is None else [items[i] for i in idx.tolist()]
     here = idx.to(self.device)
-    return PairedData({m: x[here] for m, x in self.tensors.items()}, self.modalities,
-                      None if self.labels is None else self.labels[here], self.classes, self.name, pick(self.ids), pick(self.captions))
+    labels = None if self.labels is None else self.labels[here]
+    return PairedData({m: x[here] for m, x in self.tensors.items()}, self.modalities, labels, self.classes, self.name,
+                      pick(self.ids), pick(self.captions))
 
-# %% ../../nbs/data/paired.ipynb #5c15e797
+# %% ../../nbs/data/paired.ipynb #a4fc527d
 @patch
 def select(self: PairedData, *names):
     "The same pairs with only the named modalities."
@@ -158,17 +177,18 @@ def select(self: PairedData, *names):
     return PairedData({m: self.tensors[m] for m in names}, {m: self.modalities[m] for m in names},
                       self.labels, self.classes, self.name, self.ids, self.captions)
 
-# %% ../../nbs/data/paired.ipynb #a4fc527d
+# %% ../../nbs/data/paired.ipynb #25c8582d
 @patch
 def to(self: PairedData, device):
     "The same data with its stored (small) tensors on `device`; normalisation then happens there, after indexing."
-    return PairedData({m: x.to(device) for m, x in self.tensors.items()}, self.modalities,
-                      None if self.labels is None else self.labels.to(device), self.classes, self.name, self.ids, self.captions)
+    labels = None if self.labels is None else self.labels.to(device)
+    return PairedData({m: x.to(device) for m, x in self.tensors.items()}, self.modalities, labels, self.classes,
+                      self.name, self.ids, self.captions)
 
-# %% ../../nbs/data/paired.ipynb #25c8582d
+# %% ../../nbs/data/paired.ipynb #b8b0414a
 @patch
 def split(self: PairedData, fraction, seed=0):
-    "(rest, held out): a stratified split that depends on the seed alone. Every class keeps at least one item on both sides."
+    "(rest, held out): a stratified split by the seed alone, with at least one item of every class on both sides."
     gen, held = rng('split', seed), []
     for c, idx in enumerate(self.class_indices):
         n = min(max(round(fraction*len(idx)), 1), len(idx) - 1)
@@ -183,7 +203,8 @@ def split(self: PairedData, fraction, seed=0):
 def hash(self: PairedData):
     "A hex digest (16 characters) of everything that changes a result. Computed once per object."
     if not hasattr(self, '_hash'):
-        h = hashlib.sha256(json.dumps([self.classes, {m: s.to_json() for m, s in self.modalities.items()}], sort_keys=True).encode())
+        facts = [self.classes, {m: s.to_json() for m, s in self.modalities.items()}]
+        h = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
         for m in sorted(self.tensors):
             h.update(str(self.tensors[m].dtype).encode())
             h.update(self.tensors[m].cpu().contiguous().numpy().data)
@@ -194,7 +215,7 @@ def hash(self: PairedData):
 # %% ../../nbs/data/paired.ipynb #77f5512a
 @dataclass
 class Splits:
-    "What a source of data returns: `train`, `test`, perhaps an official `val`, and `info` about source, licence and options."
+    "What a source of data returns: `train`, `test`, perhaps an official `val`, and `info` on source, licence, options."
     train: PairedData
     test: PairedData
     val: PairedData = None

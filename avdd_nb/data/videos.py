@@ -88,10 +88,16 @@ def _check_folder(folder):
     found = f"{len(loose)} videos, but no sub-folders" if loose else "no sub-folders"
     raise UserError(f"{folder} has {found}: it needs {shape} (class/clip.mp4).")
 
+OUTSIDE = "a link out of the folder; links=True follows it"
+
 def _outside(entry, folder):
     "Whether a link leads out of `folder`."
     real, home = os.path.realpath(entry.path), os.path.realpath(folder)
     return os.path.commonpath([real, home]) != home
+
+def _looks_like_video(entry):
+    name = entry.name.lower()
+    return name.endswith(ENDINGS) and not name.startswith('.') and not os.path.isdir(entry.path)
 
 # %% ../../nbs/data/videos.ipynb #3f4d9e7f
 def scan(folder, links=False):
@@ -99,17 +105,18 @@ def scan(folder, links=False):
     folder, clips = Path(folder).expanduser(), []
     for room in _check_folder(folder):
         if not links and _outside(room, folder):
-            clips.append(Clip(room.path, room.name, room.name, 'outside', "a link out of the folder; links=True follows it"))
+            clips.append(Clip(room.path, room.name, room.name, 'outside', OUTSIDE))
             continue
         for entry in sorted(os.scandir(room.path), key=lambda e: e.name):
-            if entry.name.startswith('.') or not entry.name.lower().endswith(ENDINGS) or os.path.isdir(entry.path): continue
+            if not _looks_like_video(entry): continue
             clip = Clip(entry.path, f"{room.name}/{entry.name}", room.name)
-            if not links and _outside(entry, folder):
-                clip.status, clip.reason = 'outside', "a link out of the folder; links=True follows it"
-            elif not os.path.isfile(entry.path): clip.status, clip.reason = 'broken', "not an ordinary file, or a link to nothing"
+            if not links and _outside(entry, folder): clip.status, clip.reason = 'outside', OUTSIDE
+            elif not os.path.isfile(entry.path):
+                clip.status, clip.reason = 'broken', "not an ordinary file, or a link to nothing"
             clips.append(clip)
     _mark_duplicates(clips)
-    if not clips: raise UserError(f"The sub-folders of {folder} hold no videos: files must end in {', '.join(ENDINGS)}.")
+    if not clips:
+        raise UserError(f"The sub-folders of {folder} hold no videos: files must end in {', '.join(ENDINGS)}.")
     return clips
 
 # %% ../../nbs/data/videos.ipynb #8592e615
@@ -146,18 +153,20 @@ def _remembered(path, o):
     return Outcome(True, tensors, info, remembered=True)
 
 def _keep(path, outcome, o):
-    if outcome.ok: save_state(_cache_path(path, o), {k: torch.from_numpy(v) for k, v in outcome.arrays.items()}, outcome.info)
+    if outcome.ok:
+        tensors = {k: torch.from_numpy(v) for k, v in outcome.arrays.items()}
+        save_state(_cache_path(path, o), tensors, outcome.info)
     outcome.arrays = {}   # they are read back one by one: a folder's waves need not fit into memory
 
 # %% ../../nbs/data/videos.ipynb #6f39d971
 def decode_clips(clips, o):
-    "Yields the `Outcome` of each of `clips` that has no status yet, in order, decoding first what the cache lacks. `o`: `Options`."
+    "Yields the `Outcome` of each of `clips` without a status, in order; decodes first what the cache lacks."
     paths = [c.path for c in clips if not c.status]
     left = [p for p in paths if _remembered(p, o) is None]
     quarantine = Quarantine(cache_dir()/'videos'/'quarantine.jsonl')
     if o.retry: quarantine.forget(left)
-    new = decode_videos(left, o.starts, o.seconds, o.image_size, o.spec.sr, o.workers or None, o.limit_s, o.memory_mb, quarantine,
-                        lambda k, outcome: _keep(left[k], outcome, o), o.progress)
+    new = decode_videos(left, o.starts, o.seconds, o.image_size, o.spec.sr, o.workers or None, o.limit_s, o.memory_mb,
+                        quarantine, lambda k, outcome: _keep(left[k], outcome, o), o.progress)
     new = dict(zip(left, new))
     for p in paths:
         if p not in new: yield _remembered(p, o)
@@ -201,14 +210,16 @@ class Report:
 
     def to_json(self):
         "A dict that JSON can write: the folder, the counts, a row for each file."
-        rows = [asdict(c) | dict(path=_printable(c.path), name=_printable(c.name), label=_printable(c.label)) for c in self.clips]
+        safe = lambda c: {k: _printable(getattr(c, k)) for k in ('path', 'name', 'label')}
+        rows = [asdict(c) | safe(c) for c in self.clips]
         return dict(folder=_printable(self.folder), counts=self.counts, files=rows)
 
     def summary(self):
         "One sentence."
         counts = self.counts
+        used = f"{counts['found']} files found, {counts['used']} used ({counts['windows']} windows)"
         out = ', '.join(f"{counts[s]} {s}" for s in STATUSES[1:] if counts[s])
-        return f"{counts['found']} files found, {counts['used']} used ({counts['windows']} windows)" + (f"; left out: {out}" if out else "")
+        return f"{used}; left out: {out}" if out else used
 
     def __str__(self): return '\n'.join([self.summary(), '', *_table(self.clips), *_remarks(self.clips)])
     def __repr__(self): return str(self)
@@ -222,8 +233,8 @@ def _table(clips):
         of = [c for c in clips if c.label == label]
         by = Counter(c.status for c in of) | dict(found=len(of), windows=sum(c.windows for c in of))
         lines.append((_printable(label), *(str(by.get(k, 0)) for k in columns)))
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return ['  '.join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(row, widths))) for row in lines]
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    return ['  '.join([name.ljust(first), *(x.rjust(w) for x, w in zip(row, others))]) for name, *row in lines]
 
 def _remarks(clips):
     said = [c for c in clips if c.reason or c.status != 'used']
@@ -252,7 +263,7 @@ def _read(folder, o):
 
 # %% ../../nbs/data/videos.ipynb #ba68bae1
 def split_videos(clips, fraction, seed):
-    "The names of the test videos: in each class round(fraction·n) of n, at least one, and at least one left to train on."
+    "The names of the test videos: of each class's n, round(fraction·n), but at least one, and one left to train on."
     held = set()
     for label in sorted({c.label for c in clips}):
         names = sorted((c.name for c in clips if c.label == label), key=lambda name: seed_of('videos', seed, name))
@@ -267,9 +278,12 @@ def _check_classes(report, parts):
         if usable[label] >= 2: continue
         out = Counter(c.status for c in report.clips if c.label == label and c.status != 'used')
         why = f" ({', '.join(f'{n} {s}' for s, n in out.items())})" if out else ""
-        raise UserError(f"Class {_printable(label)!r} has {usable[label]} usable videos{why}, but needs 2, one to train and one to "
-                        f"test: add some, or remove the class. The reasons: report({report.folder!r}).")
-    if len(labels) < 2: raise UserError(f"{report.folder} has {len(labels)} usable class; at least 2 sub-folders with videos are needed.")
+        raise UserError(f"Class {_printable(label)!r} has {usable[label]} usable videos{why}, but needs 2, one to "
+                        "train and one to test: add some, or remove the class. "
+                        f"The reasons: report({report.folder!r}).")
+    if len(labels) < 2:
+        raise UserError(f"{report.folder} has {len(labels)} usable class; "
+                        "at least 2 sub-folders with videos are needed.")
     return labels
 
 # %% ../../nbs/data/videos.ipynb #6b322220
@@ -280,25 +294,28 @@ def _paired(parts, classes, o, modalities=None):
     labels = torch.tensor([classes.index(c.label) for c, a in parts for _ in a['start']])
     ids = [f"{_printable(c.name)}@{s:g}s" for c, a in parts for s in a['start'].tolist()]
     modalities = modalities or dict(
-        audio=modality(o.spec, x=audio), image=Modality('image', 'image', tuple(image.shape[1:]), scale=1/255).fit(image))
-    return PairedData(dict(audio=audio, image=image), modalities, labels, [_printable(c) for c in classes], 'videos', ids)
+        audio=modality(o.spec, x=audio),
+        image=Modality('image', 'image', tuple(image.shape[1:]), scale=1/255).fit(image))
+    names = [_printable(c) for c in classes]
+    return PairedData(dict(audio=audio, image=image), modalities, labels, names, 'videos', ids)
 
 # %% ../../nbs/data/videos.ipynb #97c22562
 @dataclass(frozen=True)
 class Share:
     test_fraction: float = hp(.25, .01, .9, "share of each class's videos that is kept for testing")
 
-# %% ../../nbs/data/videos.ipynb #dab4980d
-def load(root=None, seed=0, folder=None, seconds=1., windows='centre', image_size=96, mel='small', test_fraction=.25, silent=False,
-         links=False, workers=0, limit_s=60., memory_mb=2048, retry=False, progress=True):
+# %% ../../nbs/data/videos.ipynb #ce89cb4a
+def load(root=None, seed=0, folder=None, seconds=1., windows='centre', image_size=96, mel='small', test_fraction=.25,
+         silent=False, links=False, workers=0, limit_s=60., memory_mb=2048, retry=False, progress=True):
     """`Splits` of the videos in `folder` (class/clip.mp4|m4v|mkv|webm|mov|avi; default: `videos` in the data root).
 
     'image' is uint8 (3, image_size, image_size), the frame in the middle of a window of `seconds`; 'audio' the window's
-    log-mel with the preset `mel` ('small', 'avdd', …) in dB, float16. The other options: see `Options`. The split is by video,
-    stratified, by `seed`; mean and std are those of the training part. `info['report']` says what became of each file.
+    log-mel with the preset `mel` ('small', 'avdd', …) in dB, float16. The other options: see `Options`. The split is by
+    video, stratified, by `seed`; mean and std are those of the training part. `info['report']` says what became of each
+    file.
     """
-    o = _options(dict(seconds=seconds, windows=windows, image_size=image_size, mel=mel, silent=silent, links=links, workers=workers,
-                      limit_s=limit_s, memory_mb=memory_mb, retry=retry, progress=progress))
+    o = _options(dict(seconds=seconds, windows=windows, image_size=image_size, mel=mel, silent=silent, links=links,
+                      workers=workers, limit_s=limit_s, memory_mb=memory_mb, retry=retry, progress=progress))
     fraction = configure(Share, test_fraction=test_fraction).test_fraction
     folder = Path(folder).expanduser() if folder else data_root(root)/'videos'
     report, parts = _read(folder, o)
@@ -314,5 +331,6 @@ def load(root=None, seed=0, folder=None, seconds=1., windows='centre', image_siz
 def check(root=None):
     "(ready, message): whether the data root has a folder `videos` with class sub-folders."
     try: clips = scan(data_root(root)/'videos')
-    except UserError: return False, "give your own: --data folder=… (class/clip.mp4), or put them into 'videos' in the data root"
+    except UserError:
+        return False, "give your own: --data folder=… (class/clip.mp4), or put them into 'videos' in the data root"
     return True, f"{len(clips)} video files in {data_root(root)/'videos'}"
