@@ -22,4 +22,7 @@ class AVDD(Matching):
     lam_cgm: float = hp(10., 0, 1000, "weight of cross-modal gap matching")
 
     def loss(self, real, syn):
-        return {'base': mean_matching(real, syn), 'icm': self.lam_icm*icm(real, syn), 'cgm': self.lam_cgm*cgm(real, syn)}
+        "The three terms, weighted, each per class (C,)."
+        return {'base': mean_matching(real, syn),
+                'icm': self.lam_icm*icm(real, syn),
+                'cgm': self.lam_cgm*cgm(real, syn)}

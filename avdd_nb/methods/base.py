@@ -33,12 +33,14 @@ class Matching(Method, name='matching'):
     "Base of methods that move synthetic pixels so that class statistics match. Subclasses write `loss`."
     lr: float = hp(0.2, 0, 1e6, "SGD step size on the synthetic set")
     momentum: float = hp(0.5, 0, 1, "of that SGD")
-    draws: str = hp('pool', choices=['pool', 'fresh'], help="kept real statistics, or a new network and real batch at every step")
+    draws: str = hp('pool', choices=['pool', 'fresh'],
+                    help="kept real statistics, or a new network and real batch at every step")
     pool_size: int = hp(20, 1, 5001, "K: (network, ω) pairs in the pool")
     real_batch: int = hp(128, 0, 100_000, "real pairs per class and draw; 0 takes all")
     width: int = hp(128, 4, 1024, "channels of the random networks")
     strategy: str = hp(augment.DSA, help="augmentations to draw from, joined by _")
-    per_class_steps: bool = hp(False, help="reference mode: one optimiser step after each class, momentum shared by all")
+    per_class_steps: bool = hp(
+        False, help="reference mode: one optimiser step after each class, momentum shared by all")
     learns = True
 
     def loss(self, real, syn):
@@ -59,12 +61,14 @@ def methods():
 
 # %% ../../nbs/methods/base.ipynb #beadc7e5
 def make_method(name, /, **options):
-    "The method called `name` with these hyperparameters. Unknown names, misspelt fields and values out of range are a `UserError`."
+    "The method called `name` with these hyperparameters; wrong names and values out of range are a `UserError`."
     return configure(choose(name, methods(), "method"), **options)
 
 # %% ../../nbs/methods/base.ipynb #f18dedad
 def fields_table(method):
     "One row per hyperparameter of a method (class or object): field, default, range or choices, unit, help."
-    limits = lambda m: ', '.join(m['choices']) if m.get('choices') else '' if m.get('low') is None else f"{m['low']:g} … {m['high']:g}"
-    return [dict(field=f.name, default=f.default, range=limits(f.metadata), unit=f.metadata.get('unit', ''), help=f.metadata.get('help', ''))
-            for f in dataclasses.fields(method)]
+    def limits(meta):
+        if meta.get('choices'): return ', '.join(meta['choices'])
+        return '' if meta.get('low') is None else f"{meta['low']:g} … {meta['high']:g}"
+    return [dict(field=f.name, default=f.default, range=limits(f.metadata), unit=f.metadata.get('unit', ''),
+                 help=f.metadata.get('help', '')) for f in dataclasses.fields(method)]
