@@ -47,9 +47,10 @@ def table_html(frame, caption='') -> str:
     counts = isinstance(frame.index, pd.RangeIndex)
     numeric = {c: all(_is_number(v) for v in frame[c]) for c in frame.columns}
     head = ''.join(f'<th scope="col"{_side(numeric[c])}>{esc(c)}</th>' for c in frame.columns)
-    rows = ''.join('<tr>' + ('' if counts else f'<th scope="row">{esc(i)}</th>')
-                   + ''.join(f'<td{_side(numeric[c])}>{esc(_words(v))}</td>' for c, v in zip(frame.columns, row)) + '</tr>'
-                   for i, row in zip(frame.index, frame.itertuples(index=False, name=None)))
+    def line(i, row):
+        cells = ''.join(f'<td{_side(numeric[c])}>{esc(_words(v))}</td>' for c, v in zip(frame.columns, row))
+        return f'<tr>{"" if counts else _row_head(i)}{cells}</tr>'
+    rows = ''.join(map(line, frame.index, frame.itertuples(index=False, name=None)))
     title = f'<caption class="note">{esc(caption)}</caption>' if caption else ''
     return (f'<div class="scroll"><table>{title}<thead><tr>{"" if counts else "<td></td>"}{head}</tr></thead>'
             f'<tbody>{rows}</tbody></table></div>')
@@ -57,8 +58,11 @@ def table_html(frame, caption='') -> str:
 # %% ../nbs/report.ipynb #565c5d61
 def _side(numeric): return ' class="number"' if numeric else ''
 
+def _row_head(name): return f'<th scope="row">{esc(name)}</th>'
+
 def _is_number(value):
-    return isinstance(value, Number) or (isinstance(value, str) and value[:1].isdigit() and (' ± ' in value or _float(value)))
+    if not isinstance(value, str): return isinstance(value, Number)
+    return value[:1].isdigit() and (' ± ' in value or _float(value))
 
 def _float(text):
     try: float(text)
@@ -96,7 +100,7 @@ def _has_plots(item):
 
 # %% ../nbs/report.ipynb #1450999c
 def write_report(path, title, sections, lead='') -> Path:
-    "Writes one self-contained HTML file (whole or not at all) of `Section`s under a `title` and a `lead` sentence; its path."
+    "The `path`, after one self-contained HTML file was written to it: a `title`, a `lead` sentence, the `Section`s."
     path = Path(path)
     if path.suffix != '.html': raise UserError(f'a report is an .html file, found {path.name!r}')
     links = ''.join(f'<a href="#s{k}">{esc(s.title)}</a>' for k, s in enumerate(sections))
@@ -134,9 +138,9 @@ def run_sections(run_dir, rows=(), data=None, facts=None, per_class=3) -> list:
     final = load_synset(run/'result.safetensors')
     start = load_synset(run/'initial.safetensors') if (run/'initial.safetensors').exists() else None
     more = {**(facts or {}), 'Versions': versions() | config.get('versions', {})}
+    settings = Section('Settings', [config.get('run', config)], 'Everything that decides this run.')
     return [*_accuracy(rows, _method(config)), *_losses(run), *_looks(final, start, data, per_class),
-            *_sounds(final, data, 2), Section('Settings', [config.get('run', config)], 'Everything that decides this run.'),
-            *[Section(name, [x], folded=True) for name, x in more.items()]]
+            *_sounds(final, data, 2), settings, *[Section(name, [x], folded=True) for name, x in more.items()]]
 
 # %% ../nbs/report.ipynb #e451c0d9
 def _method(config):
@@ -155,17 +159,21 @@ def _losses(run):
     return [Section('Loss', [loss_curves(run)])] if events.exists() and '"loss"' in events.read_text() else []
 
 def _looks(final, start, data, n):
-    beside = [] if data is None else [Section('Real beside synthetic', [real_beside_synthetic(data, final, n, tiles=True)],
-              'Hover over a cell to read its class. Spectrograms share one colour scale.')]
-    change = [] if start is None else [Section('Before and after', [initial_beside_final(start, final, n)],
-              'The stored pairs before the first step and after the last.')]
-    return beside + change
+    found = []
+    if data is not None:
+        found.append(Section('Real beside synthetic', [real_beside_synthetic(data, final, n, tiles=True)],
+                             'Hover over a cell to read its class. Spectrograms share one colour scale.'))
+    if start is not None:
+        found.append(Section('Before and after', [initial_beside_final(start, final, n)],
+                             'The stored pairs before the first step and after the last.'))
+    return found
 
 def _sounds(final, data, n):
     if not any(s.kind == 'spectrogram' for s in final.modalities.values()): return []
     both = {**({} if data is None else {'real': data}), 'synthetic': final}
     return [Section('Listen', [players(both, per_class=n)],
-                    'Every sound was rebuilt from its spectrogram (Griffin-Lim), the real ones too, so that they compare.')]
+                    'Every sound was rebuilt from its spectrogram (Griffin-Lim), '
+                    'the real ones too, so that they compare.')]
 
 # %% ../nbs/report.ipynb #19244894
 def headline(rows, method) -> str:
@@ -174,14 +182,15 @@ def headline(rows, method) -> str:
     if method not in named: return ''
     frame = accuracy_frame(named)
     mine = frame[frame['what'] == method].iloc[0]
-    rest = frame[(frame['protocol'] == mine['protocol']) & (frame['branch'] == mine['branch']) & (frame['what'] != method)]
+    alike = (frame['protocol'] == mine['protocol']) & (frame['branch'] == mine['branch'])
+    rest = frame[alike & (frame['what'] != method)]
     beside = ', '.join(f'{w} {m:.1f} %' for w, m in zip(rest['what'], rest['mean']))
     return f'{method}: {mine["mean"]:.1f} % {mine["branch"]} accuracy under protocol {mine["protocol"]}' + (
         f' ({beside}).' if beside else '.')
 
 # %% ../nbs/report.ipynb #fc19ff70
 def run_report(run_dir, rows=(), data=None, facts=None, path=None, title=None, per_class=3) -> Path:
-    "Writes the report of one run (arguments as in `run_sections`) to `path`, by default report.html in its folder; its path."
+    "The path of one run's report (arguments as in `run_sections`), written to `path`, by default its report.html."
     run = Path(run_dir)
     method = _method(read_json(run/'config.json'))
     sections = run_sections(run, rows, data, facts, per_class)

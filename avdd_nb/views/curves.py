@@ -72,7 +72,8 @@ def _live_lines(series, x_title, y_title, log):
                                         xanchor='left', y=-.14, yanchor='top', showactive=True, bgcolor='#c9d0d5',
                                         bordercolor=INK, font=dict(size=12, color='#222'))])
     fig.update_xaxes(title_text=x_title)
-    fig.update_yaxes(title_text=y_title, type='log' if log else 'linear', exponentformat='power', dtick=1 if log else None)
+    scale = dict(type='log', dtick=1) if log else dict(type='linear')
+    fig.update_yaxes(title_text=y_title, exponentformat='power', **scale)
     return plotly_style(fig, showlegend=True, hovermode='x unified', margin=dict(l=60, r=20, t=50, b=70))
 
 # %% ../../nbs/views/curves.ipynb #8c40fa42
@@ -128,7 +129,9 @@ def accuracy_plot(frame, protocol=None):
     "A `Picture` of mean ± std by row and branch under one protocol (by default the first), from `accuracy_frame`."
     protocol = protocol or frame['protocol'].iloc[0]
     part = frame[frame['protocol'] == protocol]
-    if not len(part): raise UserError(f'no row was evaluated under {protocol!r}: there are {list(frame["protocol"].unique())}')
+    if not len(part):
+        there = list(frame['protocol'].unique())
+        raise UserError(f'no row was evaluated under {protocol!r}: there are {there}')
     best = part.loc[part['mean'].idxmax()]
     return Picture(_live_dots(part), lambda: _still_dots(part), min_width=340,
                    alt=f'accuracy in percent under protocol {protocol}, mean and standard deviation; '
@@ -150,9 +153,10 @@ def _live_dots(part):
     for k, branch, rows, y in _branches(part):
         words = [f'{label(w)}<br>{label(branch)}: {_words(m, s)} (n = {n})'
                  for w, m, s, n in zip(rows['what'], rows['mean'], rows['std'], rows['n'])]
-        fig.add_trace(go.Scatter(x=rows['mean'], y=y, mode='markers', name=label(branch, 40), hovertext=words,
-                                 hoverinfo='text', marker=dict(size=12, symbol=list(MARKS)[k % 8], color=PALETTE[k % 8]),
-                                 error_x=dict(array=rows['std'].fillna(0), color=PALETTE[k % 8], thickness=2, width=5)))
+        dots = dict(size=12, symbol=list(MARKS)[k % 8], color=PALETTE[k % 8])
+        bars = dict(array=rows['std'].fillna(0), color=PALETTE[k % 8], thickness=2, width=5)
+        fig.add_trace(go.Scatter(x=rows['mean'], y=y, mode='markers', name=label(branch, 40), marker=dots,
+                                 error_x=bars, hovertext=words, hoverinfo='text'))
     fig.update_xaxes(title_text='test accuracy, %')
     fig.update_yaxes(tickvals=list(range(len(whats))), ticktext=[label(w, 24) for w in whats], ticks='',
                      range=[len(whats) - .5, -.5], showgrid=False)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import UserError
+from ..core import UserError, patch
 from ..store import atomic_write
 from .page import esc, json_island, page
 
@@ -91,6 +91,7 @@ class Picture:
 
     @property
     def png(self):
+        "The still's bytes (None without one), drawn on first use."
         if callable(self._png): self._png = self._png()
         return self._png
 
@@ -108,25 +109,29 @@ class Picture:
         display(self._repr_mimebundle_(), raw=True)
         if self.html and self.figure is not None: display({'text/html': self.html, 'text/plain': self.alt}, raw=True)
 
-    def as_html(self) -> str:
-        "The fragment that a report shows: the live figure (a still for readers without scripts), then the players."
-        speaks = self.figure is None and self.html
-        still = still_html(self.png, self.alt) if self.png and not speaks else ''
-        if self.figure is not None:
-            spec = figure_json(self.figure)
-            height = int(spec['layout'].get('height') or 360)
-            box = f'min-height:{height}px;min-width:{self.min_width}px'
-            still = (f'<div class="plot" role="img" aria-label="{esc(self.alt)}" style="{box}"></div>'
-                     f'{json_island(spec)}<noscript>{still}</noscript>')
-        return f'<figure class="picture"><div class="scroll">{still}</div>{self.html}</figure>'
+# %% ../../nbs/views/picture.ipynb #00064786
+@patch
+def as_html(self: Picture) -> str:
+    "The fragment that a report shows: the live figure (a still for readers without scripts), then the players."
+    speaks = self.figure is None and self.html
+    still = still_html(self.png, self.alt) if self.png and not speaks else ''
+    if self.figure is not None:
+        spec = figure_json(self.figure)
+        height = int(spec['layout'].get('height') or 360)
+        box = f'min-height:{height}px;min-width:{self.min_width}px'
+        still = (f'<div class="plot" role="img" aria-label="{esc(self.alt)}" style="{box}"></div>'
+                 f'{json_island(spec)}<noscript>{still}</noscript>')
+    return f'<figure class="picture"><div class="scroll">{still}</div>{self.html}</figure>'
 
-    def save(self, path) -> Path:
-        "Writes the still (`.png`) or a self-contained page (`.html`)."
-        path = Path(path)
-        if path.suffix == '.png' and self.png: return atomic_write(path, self.png)
-        if path.suffix == '.html':
-            return atomic_write(path, page(self.alt, self.as_html(), plots=self.figure is not None))
-        raise UserError(f'{path.name}: a picture is saved as .html{" or .png" if self.png else ""}')
+# %% ../../nbs/views/picture.ipynb #4b6db262
+@patch
+def save(self: Picture, path) -> Path:
+    "Writes the still (`.png`) or a self-contained page (`.html`)."
+    path = Path(path)
+    if path.suffix == '.png' and self.png: return atomic_write(path, self.png)
+    if path.suffix == '.html':
+        return atomic_write(path, page(self.alt, self.as_html(), plots=self.figure is not None))
+    raise UserError(f'{path.name}: a picture is saved as .html{" or .png" if self.png else ""}')
 
 # %% ../../nbs/views/picture.ipynb #e2e9c54a
 def figure_json(figure) -> dict:

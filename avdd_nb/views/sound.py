@@ -46,8 +46,8 @@ def spec_of(modality) -> MelSpec:
         raise UserError(f'modality {modality.name!r} is of kind {modality.kind!r}: only a spectrogram can be heard')
     known = {f.name for f in fields(MelSpec)}
     if 'sr' not in modality.meta:
-        raise UserError(f'modality {modality.name!r} does not say how its spectrogram was made: its meta needs sr, n_fft, '
-                        'win, hop, n_mels and length (see avdd_nb.data.audio.modality)')
+        raise UserError(f'modality {modality.name!r} does not say how its spectrogram was made: '
+                        'its meta needs sr, n_fft, win, hop, n_mels and length (see avdd_nb.data.audio.modality)')
     return MelSpec(**{k: v for k, v in modality.meta.items() if k in known})
 
 def band_hz(spec) -> np.ndarray:
@@ -79,7 +79,8 @@ def _live(sounds, spec, limits):
     fig.update_xaxes(title_text='seconds', showgrid=False)
     fig.update_yaxes(tickvals=at, ticktext=words, showgrid=False)
     fig.update_yaxes(title_text='Hz', col=1)
-    scale = dict(colorscale='Magma', cmin=limits[0], cmax=limits[1], colorbar=dict(title='dB', thickness=12, outlinewidth=0))
+    bar = dict(title='dB', thickness=12, outlinewidth=0)
+    scale = dict(colorscale='Magma', cmin=limits[0], cmax=limits[1], colorbar=bar)
     return plotly_style(fig, height=300, coloraxis=scale)
 
 # %% ../../nbs/views/sound.ipynb #540e2058
@@ -102,7 +103,7 @@ def _still(sounds, spec, limits):
 
 # %% ../../nbs/views/sound.ipynb #cc718866
 def sounds_picture(sounds, spec, limits=None):
-    "A `Picture` of sounds [(name, log-mel (F, T) in dB, wave (samples,) or None), …] side by side, each with its player."
+    "A `Picture` of sounds [(name, log-mel (F, T) in dB, wave (samples,) or None), …] side by side, with their players."
     sounds = [(str(name), np.asarray(mel, np.float32).reshape(mel.shape[-2:]), wave) for name, mel, wave in sounds]
     limits = limits or range_of(torch.cat([torch.from_numpy(m).flatten() for _, m, _ in sounds]))
     html = players_html([player(wave, spec.sr, name) for name, _, wave in sounds if wave is not None])
@@ -135,8 +136,8 @@ def compare_sounds(modality, original=None, synthetic=None, name=''):
 def players(sources, per_class=1, tiles=True, max_classes=20, seed=0):
     """A `Picture` of players by class, the sounds made from the spectrograms by Griffin-Lim.
 
-    `sources`: a `PairedData`, a synthetic set, or a dict name → one of them, to be heard side by side. `per_class` sounds
-    of each. `tiles` plays what the factor technique decodes.
+    `sources`: a `PairedData`, a synthetic set, or a dict name → one of them, to be heard side by side. `per_class`
+    sounds of each. `tiles` plays what the factor technique decodes.
     """
     sources = sources if isinstance(sources, dict) else {'': sources}
     classes = next(iter(sources.values())).classes[:max_classes]
@@ -152,7 +153,8 @@ def _cards(source, head, per_class, tiles, classes, seed):
     "A list over classes of lists of players."
     specs = {m: s for m, s in source.modalities.items() if s.kind in PAINTERS}
     sound = next((m for m, s in specs.items() if s.kind == 'spectrogram'), None)
-    if sound is None: raise UserError(f'none of the modalities {sorted(source.modalities)} is a spectrogram to listen to')
+    if sound is None:
+        raise UserError(f'none of the modalities {sorted(source.modalities)} is a spectrogram to listen to')
     order = sorted(specs, key=lambda m: m == sound)[-2:]
     picked, spec = cells(source, per_class, tiles, len(classes)), spec_of(specs[sound])
     counts = [len(x) for x in picked[sound]]
