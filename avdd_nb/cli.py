@@ -94,7 +94,7 @@ def evaluate(run: Annotated[Path, Argument(help="folder of a finished run")],
              seeds: Annotated[int, Option(help="how many networks to train", min=1)] = 3,
              protocol: Annotated[str, Option(help="paper | thorough")] = 'paper', set_: Fields = [],
              as_json: Annotated[bool, Option('--json', help="print the rows as JSON")] = False,
-             baselines: Annotated[bool, Option(help="also its undistilled start, random pairs, the whole data")] = False,
+             baselines: Annotated[bool, Option(help="also its start, random pairs, the whole data")] = False,
              data_root: Root = None, device: Device = 'cpu'):
     "Trains networks from scratch on a run's synthetic set and scores them on the real test split."
     from tqdm import tqdm
@@ -131,7 +131,7 @@ def demo(out: Annotated[Path, Option(help="folder for the run and its report")] 
                                    kernel_name='python3', progress_bar=False, log_output=False,
                                    stdout_file=sys.stdout, stderr_file=sys.stderr)
     except papermill.PapermillExecutionError as e:
-        raise UserError(f"The demo stopped: {e.evalue} Its notebook, with the failed cell, is {out/'run_one.ipynb'}.") from e
+        raise UserError(f"The demo stopped: {e.evalue} Its notebook is {out/'run_one.ipynb'}.") from e
     print(f"Report: {(out/'report.html').resolve()}")
 
 # %% ../nbs/cli.ipynb #d10c4abd

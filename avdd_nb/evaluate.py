@@ -76,8 +76,8 @@ def evaluate(train, test, protocol=PROTOCOLS['paper'], seeds=3, workers=None, pr
     """Tidy rows (one per seed × modality × fusion) of networks trained on `train` and scored on the real `test`.
 
     train: `SyntheticSet` or `PairedData`; seeds: how many, or a list; progress: called with the finished fraction.
-    A row: protocol, digest, arch, width, epochs, n_train, seed, modality ('AV' or one name), fusion, accuracy (percent),
-    seconds.
+    A row: protocol, digest, arch, width, epochs, n_train, seed, modality ('AV' or one name), fusion, accuracy
+    (percent), seconds.
     """
     _check_alike(train, test)
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
@@ -118,7 +118,8 @@ def summarise(rows, by=('method', 'ipc')):
     frame = need('pandas').DataFrame(rows)
     protocols = sorted({f"{r['protocol']} {r['digest']}" for r in rows})
     if len(protocols) > 1:
-        raise UserError(f"These rows come from {len(protocols)} protocols ({', '.join(protocols)}): summarise each by itself.")
+        raise UserError(f"These rows come from {len(protocols)} protocols ({', '.join(protocols)}): "
+                        "summarise each by itself.")
     keys = [k for k in (*by, 'protocol', 'modality', 'fusion') if k in frame]
     table = frame.groupby(keys, sort=False).accuracy.agg(['mean', 'std', 'count']).reset_index()
     return table.rename(columns=dict(count='n')).fillna({'std': 0.})

@@ -79,11 +79,12 @@ def _open_folder(out, config, resume):
 # %% ../nbs/runs.ipynb #ae135beb
 def versions():
     "What a result was made with."
-    return dict(avdd_nb=__version__, torch=torch.__version__, python=platform.python_version(), machine=platform.machine())
+    return dict(avdd_nb=__version__, torch=torch.__version__, python=platform.python_version(),
+                machine=platform.machine())
 
 # %% ../nbs/runs.ipynb #87ea7ce9
 def _state(syn, optimiser):
-    "Copies of pixels and momentum as they are after a whole step: Ctrl-C or NaN may come in the middle of the next one."
+    "Copies of pixels and momentum after a whole step: Ctrl-C or NaN may come in the middle of the next one."
     momentum = {m: optimiser.state[x].get('momentum_buffer') for m, x in syn.tensors.items()}
     tensors = {f'pixels.{m}': x for m, x in syn.tensors.items()} | {f'momentum.{m}': v for m, v in momentum.items()}
     return {k: x.detach().clone() for k, x in tensors.items() if x is not None}
@@ -105,9 +106,9 @@ def _load_checkpoint(out, syn, optimiser):
 
 # %% ../nbs/runs.ipynb #9ff0f992
 def run(config, out, root=None, device='cpu', resume=True, checkpoint_every=30., splits=None):
-    """Runs `config` in the folder `out`: yields a `Progress` per step, writes events, checkpoints, result and done-marker.
+    """Runs `config` in the folder `out`: yields a `Progress` per step; writes events, checkpoints, result, done-marker.
 
-    A finished run yields nothing. Closing the generator (or Ctrl-C) writes a checkpoint; `checkpoint_every` is in seconds.
+    A finished run yields nothing. Closing the generator (or Ctrl-C) writes a checkpoint; `checkpoint_every` seconds.
     root: data root; splits: the data, if already loaded. Raises `UserError` for bad input, for a folder that holds
     another run, and for one that is running.
     """
@@ -180,7 +181,7 @@ def rivals(config, out, data):
 
 # %% ../nbs/runs.ipynb #d25b759a
 def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=False, progress=None, splits=None):
-    """Tidy rows for the finished run in `out`, and its rivals with `baselines`; kept there as `evaluation-<protocol>.json`.
+    """Tidy rows for the finished run in `out`, and its rivals with `baselines`; kept as `evaluation-<protocol>.json`.
 
     progress: called with the finished fraction. Rows are those of `evaluate`, with method and ipc in front.
     """

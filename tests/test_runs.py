@@ -215,7 +215,7 @@ def test_a_damaged_result_or_checkpoint_is_noticed(tmp_path, splits):
     data = (out/'checkpoint.safetensors').read_bytes()
     assert load_state(out/'checkpoint.safetensors')[1]['step'] == 1
     (out/'checkpoint.safetensors').write_bytes(data[:-9])
-    with pytest.raises(UserError, match="is not a checkpoint"): next(run(config(), out, splits=splits))
+    with pytest.raises(UserError, match="is not a tensor file"): next(run(config(), out, splits=splits))
     (out/'checkpoint.safetensors').write_bytes(data)
     list(run(config(), out, splits=splits))
     (out/'result.safetensors').write_bytes(result(out)[:-1] + b'!')

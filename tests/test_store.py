@@ -188,9 +188,9 @@ def bombs():
 def test_bombs_are_refused(tmp_path, name):
     data, path = bombs()[name], tmp_path/'x'
     path.write_bytes(data)
-    with pytest.raises(UserError, match="is not a checkpoint"): store.load_state(path)
+    with pytest.raises(UserError, match="is not a tensor file"): store.load_state(path)
     store.write_json(store.manifest_path(path), dict(sha256=hashlib.sha256(data).hexdigest()))
-    with pytest.raises(UserError, match="is not a safetensors file"): store.load_tensors(path)
+    with pytest.raises(UserError, match="is not a tensor file"): store.load_tensors(path)
     assert not Path('/tmp/avdd_bomb_went_off').exists()
 
 
@@ -198,7 +198,7 @@ def test_a_torn_checkpoint_is_refused(tmp_path):
     data = store.save_state(tmp_path/'x', dict(a=torch.arange(4.)), dict(step=3)).read_bytes()
     for cut in range(0, len(data), 7):
         (tmp_path/'x').write_bytes(data[:cut])
-        with pytest.raises(UserError, match="is not a checkpoint"): store.load_state(tmp_path/'x')
+        with pytest.raises(UserError, match="is not a tensor file"): store.load_state(tmp_path/'x')
 
 
 @HERE

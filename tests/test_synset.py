@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from avdd_nb.core import UserError
 from avdd_nb.data.paired import Modality, PairedData
-from avdd_nb.store import manifest_path, save_tensors
+from avdd_nb.store import load_tensors, manifest_path, save_tensors
 from avdd_nb.synset import SyntheticSet, decode, from_real, load_synset, mosaic, save_synset
 
 GOLDEN = np.load(Path(__file__).parent/'golden'/'factor.npz', allow_pickle=False)
@@ -168,7 +168,16 @@ def test_foreign_files_are_refused(tmp_path):
     d = data_of()
     path = save_synset(from_real(d, d.per_class(1, torch.Generator().manual_seed(0))), tmp_path/'set.safetensors')
     manifest = json.loads(manifest_path(path).read_text())
-    bad = manifest['meta'] | dict(modalities=dict(a=3))
-    for change in (dict(meta={}), dict(meta=bad), dict(meta=None), dict(meta=[])):
-        manifest_path(path).write_text(json.dumps(manifest | change))
+    tensors, meta = load_tensors(path)
+    for bad in ({}, meta | dict(modalities=dict(a=3)), []):
+        save_tensors(path, tensors, bad)
         with pytest.raises(UserError, match="holds no synthetic set"): load_synset(path)
+
+
+def test_a_changed_manifest_is_noticed(tmp_path):
+    d = data_of()
+    path = save_synset(from_real(d, d.per_class(1, torch.Generator().manual_seed(0))), tmp_path/'set.safetensors')
+    manifest = json.loads(manifest_path(path).read_text())
+    manifest['meta']['factor'] = 3
+    manifest_path(path).write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="does not say what"): load_synset(path)
