@@ -167,7 +167,6 @@ def test_foreign_files_are_refused(tmp_path):
     with pytest.raises(UserError, match="There is no file"): load_synset(tmp_path/'none.safetensors')
     d = data_of()
     path = save_synset(from_real(d, d.per_class(1, torch.Generator().manual_seed(0))), tmp_path/'set.safetensors')
-    manifest = json.loads(manifest_path(path).read_text())
     tensors, meta = load_tensors(path)
     for bad in ({}, meta | dict(modalities=dict(a=3)), []):
         save_tensors(path, tensors, bad)
