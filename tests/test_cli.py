@@ -202,10 +202,16 @@ def test_doctor_and_help():
     assert p.returncode == 0 and all(c in p.stdout for c in ('distill', 'evaluate', 'data', 'demo', 'lab', 'doctor'))
 
 
+def heed_ctrl_c():
+    "A test run started in the background of a script has SIGINT ignored, and its children inherit that."
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_with_130_and_can_be_resumed(tmp_path):
     def start(out, *more):
         command = [sys.executable, '-c', CODE, 'distill', *SMALL, '--steps', '60', '--out', str(out), *more]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                preexec_fn=heed_ctrl_c)
     whole = start(tmp_path/'whole')
     p, events = start(tmp_path/'r'), tmp_path/'r'/'events.jsonl'
     while p.poll() is None and not (events.exists() and events.read_text().count('\n') > 3): time.sleep(.005)

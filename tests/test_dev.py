@@ -30,7 +30,8 @@ def tree(tmp_path, repo, monkeypatch):
     return make
 
 
-def test_pictures_are_stable_and_keep_tags(tree, tmp_path):
+def test_pictures_are_stable_and_keep_tags(tree, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLOW", raising=False)
     path = tree(cell(0, "n = 3", metadata={"tags": ["parameters"]}), cell(1, DRAW), cell(2, "n * 2"),
                 cell(3, "#| slow\n1 / 0"), cell(4, "print('progress' * 1000)"))
     dev.pictures([path], tmp_path)

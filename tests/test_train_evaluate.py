@@ -239,7 +239,7 @@ def test_thorough_trains_for_a_number_of_updates(n):
 
 
 def row(accuracy, seed=0, **more):
-    return dict(protocol='paper', arch='ConvNet', width=128, epochs=30, n_train=10, seed=seed, modality='AV',
+    return dict(protocol='paper', digest='0', arch='ConvNet', width=128, epochs=30, n_train=10, seed=seed, modality='AV',
                 fusion='mean', method='dm', ipc=1, accuracy=accuracy) | more
 
 
@@ -256,7 +256,7 @@ def test_summary_keeps_settings_apart_and_refuses_two_protocols():
     rows = [row(1.), row(2., fusion='product'), row(3., modality='audio', fusion='')]
     rows += [row(4., ipc=10), row(5., method='x')]
     assert len(summarise(rows)) == 5
-    for other in (dict(protocol='thorough'), dict(protocol='paper*'), dict(width=64), dict(arch='ResNet')):
+    for other in (dict(protocol='thorough'), dict(protocol='paper*'), dict(digest='another')):
         with pytest.raises(UserError, match="2 protocols"): summarise([row(1.), row(2., **other)])
 
 

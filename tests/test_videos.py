@@ -191,7 +191,8 @@ print('done', flush=True)
 def test_killed_import_goes_on_where_it_stopped(folder, monkeypatch, how, after):
     env = dict(os.environ, PYTHONPATH=str(Path(videos.__file__).parents[2]))
     process = subprocess.Popen([sys.executable, "-c", SLOWED, str(folder)], text=True, env=env,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     done = [os.path.relpath(process.stdout.readline().strip(), folder) for _ in range(after)]
     process.send_signal(how)
     rest, _ = process.communicate()
