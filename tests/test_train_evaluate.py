@@ -239,8 +239,8 @@ def test_thorough_trains_for_a_number_of_updates(n):
 
 
 def row(accuracy, seed=0, **more):
-    return dict(protocol='paper', digest='0', arch='ConvNet', width=128, epochs=30, n_train=10, seed=seed, modality='AV',
-                fusion='mean', method='dm', ipc=1, accuracy=accuracy) | more
+    return dict(protocol='paper', digest='0', arch='ConvNet', width=128, epochs=30, n_train=10, seed=seed,
+                modality='AV', fusion='mean', method='dm', ipc=1, accuracy=accuracy) | more
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8), st.lists(st.floats(0, 100), min_size=2, max_size=8))
