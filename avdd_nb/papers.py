@@ -6,13 +6,13 @@
 __all__ = ['PAPERS', 'PROTOCOLS', 'WORDS', 'SAME', 'KEYS', 'NONE', 'results_path', 'paper_results', 'plain', 'paper_rows',
            'differs', 'beside']
 
-# %% ../nbs/papers.ipynb #e59fad43
+# %% ../nbs/papers.ipynb #3785f281
 import functools, re
 from pathlib import Path
 import avdd_nb
 from .core import UserError, choose, need
 
-# %% ../nbs/papers.ipynb #82f7485e
+# %% ../nbs/papers.ipynb #5808fc61
 PAPERS = {'AVDD': 'Audio-Visual Dataset Distillation (TMLR 2024)',
           'ImageBindDC': 'ImageBindDC (AAAI 2026)',
           'MDM': 'Multimodal Distribution Matching (CVPR 2026)'}
@@ -23,7 +23,7 @@ def results_path():
     if path.exists(): return path
     raise UserError(f"{path} is not there: the papers' figures come with a clone of the project, not with the package.")
 
-# %% ../nbs/papers.ipynb #f169b532
+# %% ../nbs/papers.ipynb #50f0a0a6
 @functools.cache
 def _read():
     frame = need('pandas').read_csv(results_path(), dtype=str, keep_default_na=False)
@@ -34,12 +34,12 @@ def paper_results():
     "All figures as a pandas frame: paper, table, dataset, method, modality, fusion, ipc, arch, …, metric, mean, std."
     return _read().copy()
 
-# %% ../nbs/papers.ipynb #b80e23c5
+# %% ../nbs/papers.ipynb #2864748e
 def plain(name):
     "A name as names are compared: lower case, letters, digits and points only."
     return re.sub(r'[^a-z0-9.]+', '', str(name).lower())
 
-# %% ../nbs/papers.ipynb #a6076ba1
+# %% ../nbs/papers.ipynb #38ab5ac0
 def paper_rows(paper, table=None, **where):
     """The figures of a `paper` (AVDD, ImageBindDC, MDM), of one `table` ('3', or 'ablation: loss terms').
 
@@ -55,7 +55,7 @@ def paper_rows(paper, table=None, **where):
         frame = frame[frame[column].isin(found)]
     return frame.reset_index(drop=True)
 
-# %% ../nbs/papers.ipynb #9e353824
+# %% ../nbs/papers.ipynb #880019c7
 PROTOCOLS = {'AVDD': dict(steps=5000, width=128, epochs=30, n=3),
              'ImageBindDC': dict(epochs=30, n=3),
              'MDM': dict(steps=3000, epochs=100, n=5)}
@@ -72,7 +72,7 @@ def differs(row, theirs):
         found.append(f"{WORDS[name].format(int(mine))} instead of {value}")
     return '; '.join(found)
 
-# %% ../nbs/papers.ipynb #86c14536
+# %% ../nbs/papers.ipynb #cd6591b9
 SAME = dict(modality={'audio': 'A', 'image': 'V'}, fusion={'mean': 'ensemble'},
             method={'Full dataset': 'whole data'}, ipc={'0': 'full'})
 KEYS = ('method', 'ipc', 'modality', 'fusion', 'arch', 'distilled_with', 'metric')
@@ -82,12 +82,13 @@ def _key(frame, columns):
     word = lambda c, v: plain(SAME.get(c, {}).get(str(v), v))
     return [' | '.join(word(c, row[c]) for c in columns) for row in frame.to_dict('records')]
 
-# %% ../nbs/papers.ipynb #03af8272
+# %% ../nbs/papers.ipynb #79fe2867
 def beside(ours, paper):
     """`ours` with the paper's figure, the difference (ours − theirs) and what differs in the protocol, row by row.
 
     ours: a frame with mean (std, n) and some of method, ipc, modality, fusion, arch, metric, dataset, steps, width,
-    epochs; paper: of `paper_rows`, one data set. A row that the paper lacks has no figure. Two candidates are a `UserError`.
+    epochs; paper: of `paper_rows`, one data set. A row that the paper lacks has no figure; two candidates are a
+    `UserError`.
     """
     if paper.empty: raise UserError("these are no figures of a paper: loosen the conditions of paper_rows")
     columns = [c for c in KEYS if c in ours and any(paper[c] != '')]
