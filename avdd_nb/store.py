@@ -153,14 +153,15 @@ def lock(path, wait=True):
         yield True
 
 # %% ../nbs/store.ipynb #4b2ac443
-def cached(kind, key, make):
+def cached(kind, key, make, folder=None):
     """(tensors, meta) kept in the cache under `kind` and the hash of `key` (JSON-able).
 
     What is not there yet is made by `make()`. Many processes may ask at once: one makes, the others wait and read.
-    A damaged file is made anew.
+    A damaged file is made anew. `folder`: keep it there instead (a run's own), if it can be written.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_dir()/kind/f"{digest}.safetensors"
+    own = folder is not None and os.access(folder, os.W_OK)
+    path = Path(folder)/f"{kind}-{digest}.safetensors" if own else cache_dir()/kind/f"{digest}.safetensors"
     with lock(path.with_suffix('.lock')):
         if path.exists():
             with contextlib.suppress(UserError): return load_tensors(path)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAINTERS', 'paint_image', 'paint_scale', 'paint_spectrogram', 'range_of', 'paint', 'by_class', 'cells', 'sharpen',
-           'compose', 'wall_picture', 'wall', 'walls', 'real_beside_synthetic', 'initial_beside_final', 'grid']
+           'compose', 'still', 'wall_picture', 'wall', 'walls', 'drawable', 'real_beside_synthetic',
+           'initial_beside_final', 'grid']
 
 # %% ../../nbs/views/grid.ipynb #0a00ace6
 import numpy as np
@@ -105,7 +106,8 @@ def _headings(centres):
     for *_, head, _, a, b in centres: spans.setdefault((head, a, b), None)
     return [((a + b) / 2, head) for head, a, b in spans]
 
-def _still(mosaic, centres, names, height, gap):
+def still(mosaic, centres, names, height, gap):
+    "PNG bytes of a mosaic (see `compose`) with its headings and the class `names`."
     shape = mosaic.shape
     fig, [ax] = canvas(min(shape[1] / 100 + 1.8, 14), min(shape[0] / 100, 14 * shape[0] / shape[1]) + .6)
     ax.imshow(mosaic, interpolation='nearest')
@@ -139,7 +141,7 @@ def wall_picture(groups, names, alt, height=64, gap=4):
     "A `Picture` of groups of cells (see `compose`) under their headings, one row for each of `names`."
     mosaic, centres = compose(groups, height, gap)
     if not centres: raise UserError('there is nothing to show: every class is empty')
-    return Picture(_live(mosaic, centres, names, height, gap), lambda: _still(mosaic, centres, names, height, gap),
+    return Picture(_live(mosaic, centres, names, height, gap), lambda: still(mosaic, centres, names, height, gap),
                    alt=alt, min_width=min(mosaic.shape[1] + 160, 760))
 
 # %% ../../nbs/views/grid.ipynb #6297fc0e
@@ -154,7 +156,7 @@ def walls(sources, per_class=4, tiles=False, modalities=None, max_classes=20, he
     """
     first = next(iter(sources.values()))
     names = first.classes[:max_classes]
-    specs = _drawable(first, modalities)
+    specs = drawable(first, modalities)
     cut = {head: cells(s, per_class, tiles, len(names)) for head, s in sources.items()}
     groups = []
     for m, spec in specs.items():
@@ -166,7 +168,8 @@ def walls(sources, per_class=4, tiles=False, modalities=None, max_classes=20, he
     return wall_picture(groups, names, alt, height)
 
 # %% ../../nbs/views/grid.ipynb #c8c68627
-def _drawable(source, names):
+def drawable(source, names=None):
+    "Modality → `Modality` of those that `PAINTERS` can draw (or of the `names` given), pictures first."
     for m in names or (): choose(m, source.modalities, 'modality')
     specs = {m: s for m, s in source.modalities.items() if s.kind in PAINTERS and (not names or m in names)}
     if not specs:

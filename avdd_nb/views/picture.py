@@ -81,19 +81,25 @@ def data_uri(data: bytes, mime: str) -> str:
 
 # %% ../../nbs/views/picture.ipynb #2ca0d66d
 class Picture:
-    """What every view gives back: a live plotly `figure`, a still `png`, script-free `html` (players), words (`alt`).
+    """What every view gives back: a live plotly `figure`, a still `png`, `html` (players), words (`alt`).
 
-    `png` is bytes, or a function without arguments that draws them when first needed. Only `alt` is always there.
+    `png` and `html` may be functions without arguments, called when first needed. Only `alt` is always there.
     `min_width` (pixels): a report lets a narrow screen scroll sideways instead of squeezing the figure below this.
     """
     def __init__(self, figure=None, png=None, html: str = '', alt: str = '', min_width: int = 0):
-        self.figure, self._png, self.html, self.alt, self.min_width = figure, png, html, alt, min_width
+        self.figure, self._png, self._html, self.alt, self.min_width = figure, png, html, alt, min_width
 
     @property
     def png(self):
         "The still's bytes (None without one), drawn on first use."
         if callable(self._png): self._png = self._png()
         return self._png
+
+    @property
+    def html(self) -> str:
+        "The HTML that goes with it ('' without any), made on first use."
+        if callable(self._html): self._html = self._html()
+        return self._html
 
     def __repr__(self): return f'Picture({self.alt!r})'
 
@@ -116,7 +122,7 @@ def as_html(self: Picture) -> str:
     speaks = self.figure is None and self.html
     still = still_html(self.png, self.alt) if self.png and not speaks else ''
     if self.figure is not None:
-        spec = figure_json(self.figure)
+        spec = without_webgl(figure_json(self.figure))
         height = int(spec['layout'].get('height') or 360)
         box = f'min-height:{height}px;min-width:{self.min_width}px'
         still = (f'<div class="plot" role="img" aria-label="{esc(self.alt)}" style="{box}"></div>'
@@ -138,6 +144,12 @@ def figure_json(figure) -> dict:
     "The plotly figure as plain JSON-able data, arrays spelt out: every reader of a notebook understands lists."
     spec = json.loads(figure.to_json())
     return dict(data=spec['data'], layout=spec['layout'], config=dict(displaylogo=False, responsive=True))
+
+def without_webgl(spec) -> dict:
+    "The same figure with its WebGL marks as SVG: plotly compiles WebGL with `eval`, which a page's policy forbids."
+    for trace in spec['data']:
+        if trace.get('type') == 'scattergl': trace['type'] = 'scatter'
+    return spec
 
 def still_html(png: bytes, alt: str) -> str:
     return f'<img src="{data_uri(png, "image/png")}" alt="{esc(alt)}">'
