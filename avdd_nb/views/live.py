@@ -33,7 +33,8 @@ if (!window.avdd) {
       const island = this.querySelector(':scope > script[type="application/json"]');
       if (this.begun || !island) return;
       this.begun = true;
-      this.querySelector(':scope > .avdd-plain')?.remove();
+      this.plain = this.querySelector(':scope > .avdd-plain');
+      this.plain.remove();
       start(this, JSON.parse(island.textContent));
     }
   });

@@ -245,7 +245,7 @@ def map_figure(p, names, classes, title='', height=440, most=40):
     bare = dict(showgrid=False, showticklabels=False, ticks='', zeroline=False, showline=False, title_text='')
     fig.update_xaxes(**bare)
     fig.update_yaxes(**bare)
-    legend = dict(orientation='v', x=1.01, y=1, yanchor='top', font=dict(size=12), itemsizing='constant',
+    legend = dict(orientation='v', x=1.01, y=.94, yanchor='top', font=dict(size=12), itemsizing='constant',
                   traceorder='normal')
     return plotly_style(fig, height, legend=legend, dragmode='pan', title=dict(text=label(title), font=dict(size=15)),
                         margin=dict(l=10, r=10, t=40 if title else 10, b=10), hovermode='closest', showlegend=True)
@@ -399,7 +399,7 @@ class LiveMap:
         for control in (self.method, self.view): control.observe(lambda _: self.draw(), 'value')
         self.sound.observe(lambda change: setattr(self.panel, 'sound', change['new']), 'value')
         wide = lambda w, px: W.Box([w], layout=W.Layout(width=px, min_width=px, flex='0 0 auto'))
-        self.place = wide(W.HTML(), '660px')
+        self.place = wide(W.HTML(), '610px')
         side = W.VBox([self.sound, self.panel], layout=W.Layout(flex='1 1 220px', min_width='220px', max_width='640px'))
         body = W.HBox([self.place, side], layout=W.Layout(flex_flow='row wrap', width='100%'))
         self.box = W.VBox([W.HBox([self.method, self.view], layout=W.Layout(flex_flow='row wrap')), body])
@@ -414,7 +414,7 @@ def draw(self: LiveMap):
     try: self.points = self.cloud.points(self.method.value, self.view.value)
     except UserError as e: return self.tell(str(e))
     base = map_figure(self.points, self.cloud.names, self.cloud.classes)
-    base.update_layout(width=650, clickmode='event')
+    base.update_layout(width=600, clickmode='event')
     figure = go.FigureWidget(base)
     for trace in figure.data:
         if trace.customdata is None: continue
@@ -432,10 +432,10 @@ def tell(self: LiveMap, note):
 # %% ../../nbs/views/map.ipynb #96d452a2
 @patch
 def show(self: LiveMap, numbers, most=12):
-    "Shows the cards of the points `numbers` (at most `most`) and plays them."
+    "Shows the cards of the points `numbers` (at most `most`, spread over all) and plays them."
     numbers = [int(i) for i in np.asarray(numbers).ravel()]
     if not numbers: return
-    p, few = self.points, numbers[:most]
+    p, few = self.points, [numbers[i] for i in np.linspace(0, len(numbers) - 1, min(most, len(numbers))).astype(int)]
     cards = [self.cloud.card(int(p.source[i]), int(p.item[i])) for i in few]
     self.panel.note = f'{len(few)} of {len(numbers)} points' if len(numbers) > len(few) else ''
     self.panel.cards = f'<div class="avdd-cards">{"".join(cards)}</div>'
