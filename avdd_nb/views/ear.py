@@ -90,10 +90,16 @@ const open = k => {
 EAR_EVENTS = """
 data.sounds.forEach((sound, k) => { const tab = avdd.say('button', sound.name, {type: 'button'});
   tab.onclick = () => open(k); if (data.sounds.length > 1) tabs.append(tab); });
-const zoomers = part('row'), heads = [['▶ play / pause', toggle], ['zoom in', () => stretch(2)], ['zoom out', () => stretch(.5)]];
-heads.forEach(([word, act]) => { const b = avdd.say('button', word, {type: 'button'}); b.onclick = act; zoomers.append(b); });
-const share = event => { const r = sheet.getBoundingClientRect();
-  return [(event.clientX - r.left)/r.width, 1 - (event.clientY - r.top)/r.height].map(v => Math.max(0, Math.min(.9999, v))); };
+const zoomers = part('row');
+[['▶ play / pause', toggle], ['zoom in', () => stretch(2)], ['zoom out', () => stretch(.5)]].forEach(([word, act]) => {
+  const button = avdd.say('button', word, {type: 'button'});
+  button.onclick = act;
+  zoomers.append(button);
+});
+const share = event => {
+  const r = sheet.getBoundingClientRect(), within = v => Math.max(0, Math.min(.9999, v));
+  return [within((event.clientX - r.left)/r.width), within(1 - (event.clientY - r.top)/r.height)];
+};
 sheet.onpointerdown = event => seek(share(event)[0]*length());
 sheet.onpointermove = event => {
   const [x, y] = share(event), db = data.sounds[now].db, row = Math.floor(y*db.length);
@@ -166,7 +172,7 @@ def _sound_name(modalities):
     return name
 
 def pairs_ear(tensors, modalities, names, limits=None):
-    "A `Picture` of pairs `tensors` (modality → normalised (N, *shape)), each heard with its picture; `names` (N words)."
+    "A `Picture` of pairs `tensors` (modality → normalised (N, *shape)) called `names`, each heard with its picture."
     sound = _sound_name(modalities)
     kind, spec = modalities[sound], spec_of(modalities[sound])
     mel = kind.denormalise(tensors[sound].detach().cpu().float())

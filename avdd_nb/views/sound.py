@@ -122,8 +122,8 @@ def hear(x, modality, name='synthetic', limits=None, seed=0):
 
 # %% ../../nbs/views/sound.ipynb #c647c650
 def sound_versions(modality, original=None, synthetic=None, name=''):
-    """Sounds (name, log-mel (F, T) in dB, wave): the `original` wave (samples,), its round trip through the log-mel, and
-    a `synthetic` normalised log-mel (1, F, T). Either may be left out."""
+    """Sounds (name, log-mel (F, T) in dB, wave): the `original` wave (samples,), its round trip through the log-mel,
+    and a `synthetic` normalised log-mel (1, F, T). Either may be left out."""
     spec, of, sounds = spec_of(modality), f' {name}' if name else '', []
     if original is not None:
         mel = log_mel(original, spec)
