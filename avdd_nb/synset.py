@@ -46,7 +46,8 @@ def mosaic(x, l, order='column'):
 class SyntheticSet:
     """Learnable pairs, N of them, class-major.
 
-    `tensors`: modality → (N, *shape), normalised float32; `labels`: (N,) or (N, C); `factor`: l, with its tile `order`.
+    `tensors`: modality → (N, *shape), normalised float32; `labels`: (N,) or (N, C); `factor`: l, with its tile `order`;
+    `extras`: name → what else was learnt (a step size, a similarity). Without classes, all pairs are one group.
     """
     tensors: dict
     labels: torch.Tensor
@@ -56,13 +57,15 @@ class SyntheticSet:
     order: str = 'column'
     tile_labels: torch.Tensor = None
     provenance: dict = field(default_factory=dict)
+    extras: dict = field(default_factory=dict)
 
     def __len__(self): return len(self.labels)
 
     def __repr__(self):
         parts = ', '.join(f"{m} {tuple(x.shape[1:])}" for m, x in self.tensors.items())
         tiles = f" of {self.factor}×{self.factor} tiles" if self.factor > 1 else ''
-        return f"{len(self)} synthetic pairs{tiles}, {self.ipc:g} per class; {parts}"
+        each = f", {self.ipc:g} per class" if self.classes else ''
+        return f"{len(self)} synthetic pairs{tiles}{each}; {parts}"
 
     @property
     def n_classes(self):
@@ -70,9 +73,23 @@ class SyntheticSet:
         return len(self.classes)
 
     @property
+    def n_groups(self):
+        "How many groups the engine sees: the classes, or one where there are none."
+        return self.n_classes or 1
+
+    @property
     def ipc(self):
-        "Stored pairs per class (instances per class)."
-        return len(self)/self.n_classes
+        "Stored pairs per class (instances per class); all of them where there are no classes."
+        return len(self)/self.n_groups
+
+    def rows(self, groups):
+        "Indices (a slice) of the stored pairs of these classes (a slice of class numbers)."
+        n = len(self)//self.n_groups
+        return slice(groups.start*n, groups.stop*n)
+
+    def learnables(self):
+        "name → tensor of all that is learnt: every modality, then the extras."
+        return self.tensors | self.extras
 
     def decode(self, idx=slice(None)):
         "(modality → (l²·n, *shape), labels): the training samples of the stored pairs `idx`, tile by tile."
@@ -93,7 +110,8 @@ def to(self: SyntheticSet, device):
     "The same set on `device`."
     move = lambda x: None if x is None else x.to(device)
     return SyntheticSet({m: x.to(device) for m, x in self.tensors.items()}, move(self.labels), self.modalities,
-                        self.classes, self.factor, self.order, move(self.tile_labels), self.provenance)
+                        self.classes, self.factor, self.order, move(self.tile_labels), self.provenance,
+                        {k: x.to(device) for k, x in self.extras.items()})
 
 # %% ../nbs/synset.ipynb #e76938b3
 def from_real(data, idx, factor=1, order='column', **provenance):
@@ -114,6 +132,7 @@ def from_real(data, idx, factor=1, order='column', **provenance):
 def save_synset(syn, path):
     "Writes `syn` to `path` (.safetensors, with a manifest beside it). Returns the path."
     tensors = {f'modality.{m}': x for m, x in syn.tensors.items()} | dict(labels=syn.labels)
+    tensors |= {f'extra.{k}': x for k, x in syn.extras.items()}
     if syn.tile_labels is not None: tensors['tile_labels'] = syn.tile_labels
     meta = dict(classes=syn.classes, factor=syn.factor, order=syn.order, provenance=syn.provenance,
                 modalities={m: s.to_json() for m, s in syn.modalities.items()})
@@ -125,6 +144,7 @@ def load_synset(path, device='cpu'):
     tensors, meta = load_tensors(path, device)
     try:
         specs = {m: Modality.from_json(s) for m, s in meta['modalities'].items()}
+        extras = {k.removeprefix('extra.'): x for k, x in tensors.items() if k.startswith('extra.')}
         return SyntheticSet({m: tensors[f'modality.{m}'] for m in specs}, tensors['labels'], specs, meta['classes'],
-                            meta['factor'], meta['order'], tensors.get('tile_labels'), meta['provenance'])
+                            meta['factor'], meta['order'], tensors.get('tile_labels'), meta['provenance'], extras)
     except (KeyError, TypeError, AttributeError) as e: raise UserError(f"{path} holds no synthetic set ({e}).") from e

@@ -19,7 +19,6 @@ from avdd_nb.distill import distill
 from avdd_nb.evaluate import evaluate, make_protocol
 from avdd_nb.match.pool import FeaturePool
 from avdd_nb.methods.base import make_method
-from avdd_nb.runs import initialise
 
 
 def timed(steps):
@@ -55,7 +54,7 @@ def fill(pool, data):
 
 def speed(data, ipc, args):
     "Prints one line a variant: seconds a step, ratio to Algorithm 1, seconds to fill the pool."
-    start = initialise(make_method('avdd', features='random'), data, ipc, seed=0)
+    start = make_method('avdd', features='random').begin(data, ipc, seed=0)
     made = variants(data, start, args)
     filled = {name: fill(pool, data) for name, (_, pool, _) in made.items() if pool}
     for _, pool, _ in made.values():
@@ -81,7 +80,7 @@ def accuracy(data, test, ipc, args):
         found = torch.tensor([r['accuracy'] for r in rows if (r['modality'], r['fusion']) == ('AV', 'mean')])
         return f"{found.mean():.1f} ± {found.std():.1f} %"
 
-    start = initialise(make_method('avdd', features='random'), data, ipc, seed=0)
+    start = make_method('avdd', features='random').begin(data, ipc, seed=0)
     print(f"IPC {ipc:3}  undistilled start                      {score(start)}", flush=True)
     for name, marks in (('pool, narrow', (10, 25, 50, 100)), ('pool', (25, 100)), ('Algorithm 1', (100,))):
         steps, _, syn = variants(data, start, args)[name]

@@ -13,7 +13,6 @@ from plain import plain
 from avdd_nb.data.catalog import load
 from avdd_nb.evaluate import accuracies, evaluate, make_protocol
 from avdd_nb.methods.base import make_method
-from avdd_nb.runs import initialise
 from avdd_nb.train import fit, new_model, predict
 
 
@@ -46,7 +45,7 @@ def main():
     p.add_argument('--seeds', type=int, default=2)
     args = p.parse_args()
     splits = load('avmnist', args.data_root) if args.data_root else load('soundshapes')
-    syn = initialise(make_method('tiled', features='random'), splits.train, args.ipc, seed=0)
+    syn = make_method('tiled', features='random').begin(splits.train, args.ipc, seed=0)
     protocol = make_protocol('paper', width=args.width, epochs=args.epochs)
     half = make_protocol('paper', width=args.width, epochs=args.epochs, bf16=True)
     print(f"{splits.train!r}\ntorch {torch.__version__}, {torch.get_num_threads()} threads, width {args.width}, "

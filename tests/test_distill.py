@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from avdd_nb.core import UserError
 from avdd_nb.data.paired import Modality, PairedData
-from avdd_nb.distill import chunks, class_rows, class_terms, classes_that_fit, distill, make_optimiser
+from avdd_nb.distill import chunks, distill
 from avdd_nb.match.pool import FeaturePool
 from avdd_nb.methods.base import make_method, methods
 from avdd_nb.synset import SyntheticSet, from_real
@@ -110,7 +110,7 @@ def test_chunks_equal_all_at_once_and_the_naive_loop(ipc, factor):
     loss, grads = naive_gradients(method, start, source.at(0))
     for at_once in (1, 2, 3, C, 99):
         syn = copy.deepcopy(start)
-        sgd = make_optimiser(method, syn)
+        sgd = method.optimiser(syn)
         p, = distill(method, syn, source, 1, sgd, at_once=at_once)
         assert p.loss == pytest.approx(loss, rel=1e-5) and p.loss == pytest.approx(sum(p.terms.values()))
         for m, x in syn.tensors.items():
@@ -127,9 +127,9 @@ def test_chunks_cover_all_classes_once(n, at_once):
 
 def test_rows_and_memory():
     method, syn, source = started(ipc=2)
-    for c in range(C): assert (syn.labels[class_rows(syn, slice(c, c + 1))] == c).all()
-    assert classes_that_fit(syn, 4, 1e9) == C and classes_that_fit(syn, 4, 1e-9) == 1
-    terms = class_terms(method, syn, source.at(0), slice(1, 3))
+    for c in range(C): assert (syn.labels[syn.rows(slice(c, c + 1))] == c).all()
+    assert method.groups_at_once(syn, 1e9) == C and method.groups_at_once(syn, 1e-9) == 1
+    terms = method.terms(syn, source.at(0), slice(1, 3))
     assert list(terms) == ['base', 'icm', 'cgm'] and all(v.shape == (2,) for v in terms.values())
 
 
@@ -152,7 +152,7 @@ def test_a_run_goes_on_where_it_stopped(per_class_steps):
     whole = started(per_class_steps=per_class_steps)
     list(distill(*whole, 6))
     method, syn, source = started(per_class_steps=per_class_steps)
-    sgd = make_optimiser(method, syn)
+    sgd = method.optimiser(syn)
     list(distill(method, syn, source, 2, sgd))
     list(distill(method, syn, source, 6, sgd, start=2))
     assert_same(pixels(syn), pixels(whole[1]))
@@ -191,7 +191,7 @@ def test_nan_in_one_term_is_told_from_the_others():
 
 def test_an_infinite_step_is_undone():
     method, syn, source = started()
-    last, sgd = pixels(syn), make_optimiser(method, syn)
+    last, sgd = pixels(syn), method.optimiser(syn)
     for group in sgd.param_groups: group['lr'] = float('inf')
     with pytest.raises(UserError, match="would make a pixel infinite"):
         list(distill(method, syn, source, 1, sgd))

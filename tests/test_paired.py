@@ -220,10 +220,19 @@ def test_refusals_name_the_item(sentence):
 
 
 def test_refusals_of_draws():
-    with pytest.raises(UserError, match="Class 'c2' has 4 items, 5 per class were"): made().per_class(5, gen())
-    with pytest.raises(UserError, match="'made' has no labels"): made(labels=None).per_class(1, gen())
+    with pytest.raises(UserError, match="Class 'c2' has 4 items, 5 were asked for"): made().per_class(5, gen())
+    with pytest.raises(UserError, match="'made' has .* items, 99 were asked for"): made(labels=None, classes=[]).per_class(99, gen())
     with pytest.raises(UserError, match="Class 'c1' has a single item"): made((3, 1)).split(.5)
     assert made().per_class(5, gen(), replace=True).shape == (3, 5)
+
+
+def test_data_without_classes_are_one_group():
+    d = made(labels=None, classes=[])
+    assert (d.n_classes, d.n_groups) == (0, 1) and not d.group_labels.any()
+    drawn = d.per_class(5, gen())
+    assert drawn.shape == (1, 5) and len(set(drawn[0].tolist())) == 5
+    rest, held = d.split(.25)
+    assert len(rest) + len(held) == len(d) and len(held) == round(.25*len(d)) and held.labels is None
 
 
 @pytest.mark.cuda

@@ -272,3 +272,29 @@ def test_evaluating_what_is_no_run(tmp_path):
 
 
 def test_versions(): assert set(runs.versions()) >= {'torch', 'python', 'avdd_nb'}
+
+
+@pytest.mark.parametrize('make', [torch.optim.SGD, torch.optim.Adam])
+def test_whatever_is_learnt_and_the_optimiser_resume(splits, tmp_path, monkeypatch, make):
+    "A method with a learnt scalar beside its pixels, and another optimiser: stopped and resumed to the same bytes."
+    from avdd_nb.methods.avdd import AVDD
+    begin, terms = AVDD.begin, AVDD.terms
+
+    def with_scalar(self, data, ipc, seed):
+        syn = begin(self, data, ipc, seed)
+        syn.extras['scale'] = torch.tensor(1.)
+        return syn
+
+    def scaled(self, syn, draw, groups):
+        return {k: v*syn.extras['scale']**2 for k, v in terms(self, syn, draw, groups).items()}
+
+    monkeypatch.setattr(AVDD, 'begin', with_scalar)
+    monkeypatch.setattr(AVDD, 'terms', scaled)
+    monkeypatch.setattr(AVDD, 'optimiser', lambda self, syn: make(
+        [x.requires_grad_(True) for x in syn.learnables().values()], lr=.01))
+    list(run(config(), tmp_path/'whole', splits=splits))
+    for p in run(config(), tmp_path/'r', splits=splits):
+        if p.step == 3: break
+    list(run(config(), tmp_path/'r', splits=splits))
+    assert result(tmp_path/'r') == result(tmp_path/'whole')
+    assert load_run(tmp_path/'r')[1].extras['scale'] != 1

@@ -180,3 +180,18 @@ def test_a_changed_manifest_is_noticed(tmp_path):
     manifest['meta']['factor'] = 3
     manifest_path(path).write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="does not say what"): load_synset(path)
+
+
+def test_extras_are_learnt_saved_and_moved(tmp_path):
+    syn = a_set(torch.rand(2, 1, 8, 8), torch.arange(2), extras=dict(step=torch.tensor(.1)))
+    assert list(syn.learnables()) == ['m', 'step']
+    back = load_synset(save_synset(syn, tmp_path/'s.safetensors')).to('cpu')
+    assert back.extras['step'].equal(syn.extras['step']) and list(back.learnables()) == ['m', 'step']
+
+
+def test_a_set_without_classes_is_one_group():
+    m = Modality('m', 'image', (1, 8, 8))
+    data = PairedData(dict(m=torch.rand(9, 1, 8, 8)), dict(m=m))
+    syn = from_real(data, torch.tensor([[3, 1, 4, 0]]))
+    assert (syn.n_groups, syn.ipc, syn.rows(slice(0, 1))) == (1, 4, slice(0, 4)) and not syn.labels.any()
+    assert syn.tensors['m'].equal(data.batch(torch.tensor([3, 1, 4, 0]))['m'])

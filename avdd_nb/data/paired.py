@@ -106,12 +106,23 @@ class PairedData:
 
     def __repr__(self):
         parts = ', '.join(f"{m} {tuple(x.shape[1:])} {str(x.dtype)[6:]}" for m, x in self.tensors.items())
-        return f"{self.name}: {len(self):,} pairs in {self.n_classes} classes; {parts}"
+        classes = f" in {self.n_classes} classes" if self.classes else ''
+        return f"{self.name}: {len(self):,} pairs{classes}; {parts}"
 
     @property
     def n_classes(self):
         "How many classes there are (0 for data without labels)."
         return len(self.classes)
+
+    @property
+    def n_groups(self):
+        "How many groups the engine sees: the classes, or one where there are none."
+        return self.n_classes or 1
+
+    @property
+    def group_labels(self):
+        "The labels (N,); zeros for data without classes."
+        return torch.zeros(len(self), dtype=torch.long, device=self.device) if self.labels is None else self.labels
 
     @property
     def device(self):
@@ -133,28 +144,26 @@ def per_class(self: PairedData, n, generator, replace=False):
     """
     order, starts, counts = self._by_class
     if replace:
-        u = torch.rand(self.n_classes, n, generator=generator)
+        u = torch.rand(self.n_groups, n, generator=generator)
         return order[starts[:, None] + (u*counts[:, None]).long()]
     if n > counts.min():
-        raise UserError(f"Class {self.classes[counts.argmin()]!r} has {counts.min().item()} items, "
-                        f"{n} per class were asked for.")
-    labels = self.labels.cpu()
+        where = f"Class {self.classes[counts.argmin()]!r}" if self.classes else f"The data set {self.name!r}"
+        raise UserError(f"{where} has {counts.min().item()} items, {n} were asked for.")
+    labels = self.group_labels.cpu()
     keys = labels + torch.rand(len(labels), generator=generator, dtype=torch.float64)
     return keys.argsort()[starts[:, None] + torch.arange(n)]
 
 # %% ../../nbs/data/paired.ipynb #9a81022b
 @patch(as_prop=True)
 def _by_class(self: PairedData):
-    if self.labels is None:
-        raise UserError(f"The data set {self.name!r} has no labels, so it cannot be drawn from class by class.")
-    labels = self.labels.cpu()
-    counts = torch.bincount(labels, minlength=self.n_classes)
+    labels = self.group_labels.cpu()
+    counts = torch.bincount(labels, minlength=self.n_groups)
     return labels.argsort(stable=True), counts.cumsum(0) - counts, counts
 
 # %% ../../nbs/data/paired.ipynb #18e4a4c5
 @patch(as_prop=True)
 def class_indices(self: PairedData):
-    "The indices of each class, in order: a list of C index tensors."
+    "The indices of each class (or of the one group), in order: a list of C index tensors."
     order, _, counts = self._by_class
     return list(order.split(counts.tolist()))
 
@@ -192,7 +201,7 @@ def split(self: PairedData, fraction, seed=0):
     gen, held = rng('split', seed), []
     for c, idx in enumerate(self.class_indices):
         n = min(max(round(fraction*len(idx)), 1), len(idx) - 1)
-        if n < 1: raise UserError(f"Class {self.classes[c]!r} has a single item: it cannot be split.")
+        if n < 1: raise UserError(f"Class {(self.classes or [self.name])[c]!r} has a single item: it cannot be split.")
         held.append(idx[torch.randperm(len(idx), generator=gen)[:n]])
     mask = torch.zeros(len(self), dtype=torch.bool)
     mask[torch.cat(held)] = True

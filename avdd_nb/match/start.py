@@ -39,5 +39,5 @@ def starting_pairs(data, init, k, features='trained', seed=0):
     key = dict(data=data.hash, init=init, k=k, features='' if init in BLIND else features, seed=seed)
     def rank():
         found = torch.zeros(len(data), 1) if init in BLIND else pair_features(data, features, seed)
-        return dict(indices=coreset.select(init, found.cpu(), data.labels.cpu(), k, seed)), key
+        return dict(indices=coreset.select(init, found.cpu(), data.group_labels.cpu(), k, seed)), key
     return cached('starts', key, rank)[0]['indices']
