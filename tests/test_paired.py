@@ -221,7 +221,8 @@ def test_refusals_name_the_item(sentence):
 
 def test_refusals_of_draws():
     with pytest.raises(UserError, match="Class 'c2' has 4 items, 5 were asked for"): made().per_class(5, gen())
-    with pytest.raises(UserError, match="'made' has .* items, 99 were asked for"): made(labels=None, classes=[]).per_class(99, gen())
+    whole = made(labels=None, classes=[])
+    with pytest.raises(UserError, match="'made' has .* items, 99 were asked for"): whole.per_class(99, gen())
     with pytest.raises(UserError, match="Class 'c1' has a single item"): made((3, 1)).split(.5)
     assert made().per_class(5, gen(), replace=True).shape == (3, 5)
 
