@@ -72,29 +72,32 @@ class SyntheticSet:
         "How many classes there are."
         return len(self.classes)
 
-    @property
-    def n_groups(self):
-        "How many groups the engine sees: the classes, or one where there are none."
-        return self.n_classes or 1
-
-    @property
-    def ipc(self):
-        "Stored pairs per class (instances per class); all of them where there are no classes."
-        return len(self)/self.n_groups
-
-    def rows(self, groups):
-        "Indices (a slice) of the stored pairs of these classes (a slice of class numbers)."
-        n = len(self)//self.n_groups
-        return slice(groups.start*n, groups.stop*n)
-
-    def learnables(self):
-        "name → tensor of all that is learnt: every modality, then the extras."
-        return self.tensors | self.extras
-
     def decode(self, idx=slice(None)):
         "(modality → (l²·n, *shape), labels): the training samples of the stored pairs `idx`, tile by tile."
         tensors = {m: decode(x[idx], self.factor, self.order) for m, x in self.tensors.items()}
         return tensors, self.decoded_labels(idx)
+
+# %% ../nbs/synset.ipynb #efd43f9e
+@patch(as_prop=True)
+def n_groups(self: SyntheticSet):
+    "How many groups the engine sees: the classes, or one where there are none."
+    return self.n_classes or 1
+
+@patch(as_prop=True)
+def ipc(self: SyntheticSet):
+    "Stored pairs per class (instances per class); all of them where there are no classes."
+    return len(self)/self.n_groups
+
+@patch
+def rows(self: SyntheticSet, groups):
+    "Indices (a slice) of the stored pairs of these classes (a slice of class numbers)."
+    n = len(self)//self.n_groups
+    return slice(groups.start*n, groups.stop*n)
+
+@patch
+def learnables(self: SyntheticSet):
+    "name → tensor of all that is learnt: every modality, then the extras."
+    return self.tensors | self.extras
 
 # %% ../nbs/synset.ipynb #e1aaaa2f
 @patch

@@ -115,19 +115,20 @@ class PairedData:
         return len(self.classes)
 
     @property
-    def n_groups(self):
-        "How many groups the engine sees: the classes, or one where there are none."
-        return self.n_classes or 1
-
-    @property
-    def group_labels(self):
-        "The labels (N,); zeros for data without classes."
-        return torch.zeros(len(self), dtype=torch.long, device=self.device) if self.labels is None else self.labels
-
-    @property
     def device(self):
         "Where the tensors live."
         return next(iter(self.tensors.values())).device
+
+# %% ../../nbs/data/paired.ipynb #79bb154a
+@patch(as_prop=True)
+def n_groups(self: PairedData):
+    "How many groups the engine sees: the classes, or one where there are none."
+    return self.n_classes or 1
+
+@patch(as_prop=True)
+def group_labels(self: PairedData):
+    "The labels (N,); zeros for data without classes."
+    return torch.zeros(len(self), dtype=torch.long, device=self.device) if self.labels is None else self.labels
 
 # %% ../../nbs/data/paired.ipynb #c2d6a1bf
 @patch

@@ -77,7 +77,7 @@ def real_means(draw, data, idx=None, batch=512):
 class FreshDraws:
     """New networks, ω and `real_batch` real pairs per class (0: all) at every step: DM's and AVDD's Algorithm 1.
 
-    width: of the random ConvNets, unless `networks` (see `RandomNets`) are given. lift: an object with a JSON-able `key`
+    width: of the random ConvNets, unless `networks` (see `RandomNets`) are given. lift: an object with a JSON `key`
     and `lift(features, *stream)` → name → (N, D'), differentiable.
     """
     name = 'fresh'

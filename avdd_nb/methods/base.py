@@ -101,7 +101,8 @@ def lift(self: Matching):
 @patch
 def source(self: Matching, data, seed):
     "Where the (network, ω) draws and the real statistics come from."
-    how = dict(strategy=self.strategy, real_batch=self.real_batch, seed=seed, networks=self.networks(), lift=self.lift())
+    how = dict(strategy=self.strategy, real_batch=self.real_batch, seed=seed,
+               networks=self.networks(), lift=self.lift())
     if self.draws == 'fresh': return pool.FreshDraws(data, **how)
     return pool.FeaturePool(data, self.pool_size, **how)
 
