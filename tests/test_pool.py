@@ -167,3 +167,12 @@ def test_features_are_those_of_the_networks_in_any_batch():
     nets = random_nets(d.modalities, 64, 'cpu', 'features', 0)
     with torch.no_grad(): want = torch.cat([nets[m](x) for m, x in d.batch().items()], 1)
     torch.testing.assert_close(start.pair_features(d, 'random', batch=4), want, atol=1e-5, rtol=1e-5)
+
+
+def test_modalities_of_any_two_sizes_embed_to_one():
+    "A picture of 96 pixels ends at 6×6, a spectrogram of 64×32 at 4×4: AVDD adds them all the same."
+    for side in (32, 48, 96, 112, 224):
+        kinds = dict(audio=Modality('audio', 'spectrogram', (1, 64, 32)),
+                     image=Modality('image', 'image', (3, side, side)))
+        dims = {m: net.dim for m, net in random_nets(kinds, 4, 'cpu', 's').items()}
+        assert len(set(dims.values())) == 1, (side, dims)

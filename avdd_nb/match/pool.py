@@ -13,7 +13,7 @@ import torch
 from ..core import rng, seed_of
 from . import augment
 from .losses import class_mean
-from ..nets.convnet import build
+from ..nets.convnet import build, common_grid
 from ..store import cached
 
 # %% ../../nbs/match/pool.ipynb #a7da397d
@@ -36,8 +36,10 @@ class Draw:
 
 # %% ../../nbs/match/pool.ipynb #4d692721
 def random_nets(modalities, width, device, *stream, arch='ConvNet'):
-    "Frozen random networks, modality → module, from the seed stream named by `stream`."
-    nets = {m: build(arch, s, width=width, seed=seed_of(*stream, m)) for m, s in modalities.items()}
+    "Frozen random networks that embed to one size, modality → module, from the seed stream named by `stream`."
+    grid = common_grid([(s.shape, s.kind) for s in modalities.values()]) if arch == 'ConvNet' else None
+    more = dict(grid=grid) if grid else {}
+    nets = {m: build(arch, s, width=width, seed=seed_of(*stream, m), **more) for m, s in modalities.items()}
     return {m: net.to(device).requires_grad_(False) for m, net in nets.items()}
 
 # %% ../../nbs/match/pool.ipynb #0d772100
