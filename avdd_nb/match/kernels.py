@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['DISTANCES', 'ESTIMATORS', 'geodesic', 'kernel', 'energy', 'agreement', 'discrepancy']
 
-# %% ../../nbs/match/kernels.ipynb #a0ce0aa3
-import torch
+# %% ../../nbs/match/kernels.ipynb #6fabd9e1
 import torch.nn.functional as F
 from ..core import choose
 
-# %% ../../nbs/match/kernels.ipynb #6daf004e
+# %% ../../nbs/match/kernels.ipynb #ab6ede27
 def geodesic(cosine):
     "Distance along the unit sphere, arccos, with the cosine kept 1e-6 inside ±1. Unit: radians."
     return cosine.clamp(-1 + 1e-6, 1 - 1e-6).arccos()
@@ -22,7 +21,7 @@ def kernel(a, b, sigma=.5, distance='geodesic'):
     d = choose(distance, DISTANCES, "distance on the sphere")(a @ b.mT)
     return (-d.square()/(2*sigma**2)).exp()
 
-# %% ../../nbs/match/kernels.ipynb #36adc52e
+# %% ../../nbs/match/kernels.ipynb #d09eb766
 def _all_pairs(K): return K.mean()
 
 def _off_diagonal(K):
@@ -42,7 +41,7 @@ def energy(a, b, sigma=.5, distance='geodesic', estimator='allpairs', root=False
     found = mean(k(a, a)) + mean(k(b, b)) - 2*k(a, b).mean()
     return (found.clamp_min(0) + 1e-12).sqrt() if root else found
 
-# %% ../../nbs/match/kernels.ipynb #8ef372aa
+# %% ../../nbs/match/kernels.ipynb #88b2ca1e
 def agreement(v, t):
     "Directions of the sums of unit vectors `v` and `t` (n, D): what picture and caption share. Source: MDM, u."
     return F.normalize(v + t, dim=-1)
