@@ -12,7 +12,7 @@ from ..core import UserError, choose
 
 # %% ../../nbs/match/merge.ipynb #482f983d
 def agreement_ratio(cosine, n=2, clamp=True):
-    "t of `n` experts whose displacements have the mean cosine `cosine`; kept in 0…1 if `clamp`. Source: MDM 8.4 (Model Stock)."
+    "t of `n` experts whose displacements have the mean `cosine`; kept in 0…1 if `clamp`. Source: MDM; Model Stock."
     t = n*cosine/((n - 1)*cosine + 1)
     return t.clamp(0, 1) if clamp else t
 
@@ -53,5 +53,5 @@ MERGES = {   # name → weights from (anchor, experts, γ, generator)
     'anchor': lambda anchor, experts, gamma, generator: anchor}
 
 def merged(how, anchor, experts, gamma=1., generator=None):
-    "A state dict by one of `MERGES`: interpolation (MDM), weighted (sum), expert (the first alone), anchor (pretrained)."
+    "A state dict by one of `MERGES`: interpolation (MDM), weighted (sum), expert (the first), anchor (pretrained)."
     return choose(how, MERGES, "way to merge")(anchor, experts, gamma, generator)
