@@ -109,6 +109,19 @@ def decoded_labels(self: SyntheticSet, idx=slice(None)):
 
 # %% ../nbs/synset.ipynb #0a56031c
 @patch
+def few(self: SyntheticSet, limit_mb=4., per_class=2, max_classes=20):
+    "The first pairs of the first classes, at most `limit_mb`: what a time-lapse keeps. Hard labels, no extras."
+    one = sum(x[0].numel()*x.element_size() for x in self.tensors.values())
+    fit, each, groups = max(1, int(limit_mb*2**20/one)), min(per_class, int(self.ipc)), min(self.n_groups, max_classes)
+    each = max(1, min(each, fit//groups))
+    groups = max(1, min(groups, fit//each))
+    idx = (torch.arange(groups)[:, None]*int(self.ipc) + torch.arange(each)).flatten().to(self.labels.device)
+    labels = torch.arange(groups, device=idx.device).repeat_interleave(each)
+    return SyntheticSet({m: x[idx].detach() for m, x in self.tensors.items()}, labels, self.modalities,
+                        self.classes[:groups], self.factor, self.order)
+
+# %% ../nbs/synset.ipynb #b6c20044
+@patch
 def to(self: SyntheticSet, device):
     "The same set on `device`."
     move = lambda x: None if x is None else x.to(device)

@@ -16,6 +16,7 @@ from avdd_nb.data.catalog import load
 from avdd_nb.evaluate import make_protocol
 from avdd_nb.runs import RunConfig, evaluate_run, load_run, run
 from avdd_nb.store import load_state, read_events, write_json
+from avdd_nb.synset import load_synset
 
 DATA = dict(n_train=60, n_test=30)
 OPTIONS = dict(width=4, features='random', pool_size=4, real_batch=0, factor=2)
@@ -56,7 +57,7 @@ def test_a_finished_run_leaves_what_it_promises(finished):
     assert [p.step for p in progress] == steps_of(out) == list(range(1, 9))
     names = {p.name for p in out.iterdir() if not p.name.startswith('.')}
     assert names == {'config.json', 'events.jsonl', 'done.json', 'initial.safetensors', 'initial.safetensors.json',
-                     'result.safetensors', 'result.safetensors.json'}
+                     'result.safetensors', 'result.safetensors.json', 'snapshots'}
     read, syn = load_run(out)
     assert read == config() and read.hash == config().hash and syn.provenance['versions']['torch'] == torch.__version__
     start = load_run(out, 'initial')[1]
@@ -247,6 +248,31 @@ def test_hash_names_everything_that_a_result_depends_on():
     others = [config(seed=1), config(steps=9), config(ipc=2), config('dm'), config(lr=1), RunConfig('avmnist', 'avdd'),
               RunConfig('soundshapes', 'avdd', data=dict(n_train=61), options=OPTIONS)]
     assert len({c.hash for c in [base, *others]}) == len(others) + 1 and config().hash == base.hash
+
+
+def test_snapshots_are_those_of_the_step_and_survive_a_stop(splits, tmp_path):
+    seen = {}
+    for p in run(config(), tmp_path/'a', splits=splits):
+        if p.step in runs.snapshot_steps(8): seen[p.step] = runs.snapshot_path(tmp_path/'a', p.step).read_bytes()
+    for p in run(config(), tmp_path/'b', splits=splits):
+        if p.step == 3: break
+    for _ in run(config(), tmp_path/'b', splits=splits): pass
+    assert {int(p.stem): p.read_bytes() for p in (tmp_path/'b'/'snapshots').glob('*.safetensors')} == seen and seen
+    small = load_synset(runs.snapshot_path(tmp_path/'b', 2))
+    assert small.n_classes == len(small) == 10 and small.factor == load_run(tmp_path/'a')[1].factor
+    for _ in run(config(), tmp_path/'c', splits=splits, snapshots=0): pass
+    assert not (tmp_path/'c'/'snapshots').exists()
+
+
+def test_confusions_are_kept_and_agree_with_the_rows(finished, splits, monkeypatch):
+    out, _ = finished
+    rows = evaluate_run(out, PROTOCOL, 2, splits=splits)
+    monkeypatch.setattr(runs, 'confusions', None)                                   # a second training would fail
+    counts = runs.run_confusions(out, PROTOCOL, 2, splits=splits)
+    for r in rows:
+        found = counts[r['modality'], r['fusion']][r['seed']]
+        assert 100*found.diag().sum().item()/found.sum().item() == pytest.approx(r['accuracy'])
+        assert found.sum(1).tolist() == splits.test.labels.bincount(minlength=10).tolist()
 
 
 def test_evaluation_rows_and_file(finished, splits):

@@ -54,8 +54,9 @@ def by_class(labels, n_classes, n):
 
 def _pickable(source, tiles=False):
     "(normalised tensors by modality, labels) of a `PairedData` (function of indices) or a synthetic set, to pick from."
-    if hasattr(source, 'batch'): return source.batch, source.labels
+    if hasattr(source, 'batch'): return source.batch, source.labels if source.classes else source.group_labels
     tensors, labels = source.decode() if tiles else (source.tensors, source.labels)
+    if not source.classes: labels = torch.zeros(len(next(iter(tensors.values()))), dtype=torch.long)
     return (lambda idx: {m: x[idx] for m, x in tensors.items()}), labels
 
 # %% ../../nbs/views/grid.ipynb #8a241f14

@@ -132,7 +132,8 @@ class Cloud:
     def labels(self):
         "Class numbers of each source."
         real = None if self.whole.labels is None else self.whole.labels[self.rows.to(self.whole.device)]
-        return [hard(y, n) for y, n in zip([real, *(y for _, y in self.decoded.values())], self.sizes())]
+        sets = [real, *(y for _, y in self.decoded.values())] if self.classes else [None]*len(self.names)
+        return [hard(y, n) for y, n in zip(sets, self.sizes())]
 
 # %% ../../nbs/views/map.ipynb #7481a487
 @patch

@@ -61,7 +61,7 @@ def wall_states(states, per_class=10, tiles=False, max_classes=20, gap=4):
     states = states if isinstance(states, dict) else {'': states}
     if not states: raise UserError('there is no state to show: the run has not begun')
     last = list(states.values())[-1]
-    specs, names = grid.drawable(last), list(last.classes[:max_classes])
+    specs, names = grid.drawable(last), list(last.classes[:max_classes]) or ['pairs']
     cut = {label: cells(s, per_class, tiles, len(names)) for label, s in states.items()}
     if not sum(map(len, cut[next(iter(cut))][next(iter(specs))])): raise UserError('every class is empty')
     limits = _limits([cut[k] for k in (next(iter(cut)), list(cut)[-1])], specs)
@@ -300,7 +300,7 @@ def run_states(run):
         'result': run/'result.safetensors'}
     states = {label: load_synset(path) for label, path in found.items() if there(path)}
     if not states: raise UserError(f'{run} holds no synthetic set yet: has the run started?')
-    return states
+    return {label: s.few() for label, s in states.items()} if kept else states
 
 def run_wall(run, **options):
     "The `Wall` of a run's folder from its start to now; `options` as in `wall`."
