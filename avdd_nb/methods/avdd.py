@@ -9,7 +9,7 @@ __all__ = ['AVDD']
 from dataclasses import dataclass
 from ..core import hp
 from ..match import coreset
-from ..match.losses import cgm, icm, mean_matching
+from ..match.losses import cgm, icm, mean_matching, rscmm, scmm
 from .base import Matching
 
 # %% ../../nbs/methods/avdd.ipynb #e3b921f8
@@ -18,11 +18,17 @@ class AVDD(Matching):
     "Base, implicit cross-matching and cross-modal gap matching. Source: AVDD (TMLR 2024), eq. 1-4, Algorithm 1."
     init: str = hp('herding', choices=list(coreset.SELECTORS), help="which real pairs to start from")
     factor: int = hp(2, 1, 8, "l: every stored sample is a mosaic of l × l smaller ones")
+    lam_base: float = hp(1., 0, 1000, "weight of the base loss")
     lam_icm: float = hp(10., 0, 1000, "weight of implicit cross-matching")
     lam_cgm: float = hp(10., 0, 1000, "weight of cross-modal gap matching")
+    lam_scmm: float = hp(0., 0, 1000, "weight of synthetic cross-modal matching, which the paper reports as a failure")
+    lam_rscmm: float = hp(0., 0, 1000, "weight of real-synthetic cross-modal matching, another failure")
 
     def loss(self, real, syn):
-        "The three terms, weighted, each per class (C,)."
-        return {'base': mean_matching(real, syn),
-                'icm': self.lam_icm*icm(real, syn),
-                'cgm': self.lam_cgm*cgm(real, syn)}
+        "The terms, weighted, each per class (C,); the last two where their weights are not 0."
+        terms = {'base': self.lam_base*mean_matching(real, syn),
+                 'icm': self.lam_icm*icm(real, syn),
+                 'cgm': self.lam_cgm*cgm(real, syn)}
+        if self.lam_scmm: terms['scmm'] = self.lam_scmm*scmm(real, syn)
+        if self.lam_rscmm: terms['rscmm'] = self.lam_rscmm*rscmm(real, syn)
+        return terms

@@ -1,0 +1,173 @@
+"""The tables of the AVDD paper, their ablations, and the control that it lacks, on data that anyone has.
+
+    python benchmarks/avdd_tables.py --data-root DATA                       # all tables at a size for two cores
+    python benchmarks/avdd_tables.py --tables control 3 --datasets avmnist  # some of them
+    python benchmarks/avdd_tables.py --print                                # only what is in the results file
+    python benchmarks/avdd_tables.py --scale paper --device cuda            # the paper's sizes; hours on a GPU
+
+Stop it and start it again: every cell is a run folder, rows go to benchmarks/results/avdd.csv after every cell.
+nbs/results/avdd.ipynb sets them beside the paper's own rows.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+from cells import measure, read_rows, run_cells, write_rows
+
+HERE = Path(__file__).parent
+RESULTS = HERE / 'results' / 'avdd.csv'
+ORDER = ['dataset', 'ipc', 'method', 'options', 'distill_seed', 'digest', 'seed', 'modality', 'fusion']
+
+
+def avdd(base=1, icm=0, cgm=0, scmm=0, rscmm=0, **options):
+    "AVDD with these weights."
+    return 'avdd', dict(lam_base=base, lam_icm=icm, lam_cgm=cgm, lam_scmm=scmm, lam_rscmm=rscmm) | options
+
+
+def dm(times=1, **options):
+    "DM with the default step size times `times`."
+    return 'dm', dict(lr=.2 * times) | options
+
+
+TILES = dict(init='herding', factor=2)
+CHOOSING = {'Random': ('random', {}), 'Herding': ('herding', {}), 'Herding+Factor': ('tiled', {})}
+FULL = avdd(1, 10, 10)
+
+TABLES = {   # table → the paper's name of a row → (method, options)
+    'control': {f'DM, step size × {k}': dm(k, **TILES) for k in (1, 3, 10, 21, 41, 100)}
+    | {f'AVDD, λ = {k}': avdd(1, k, k) for k in (1, 10, 20)},
+    '3': {'Random': CHOOSING['Random'], 'Herding': CHOOSING['Herding'], 'DM': dm(), 'AVDD': FULL},
+    '4 (left: losses)': CHOOSING | {
+        'Herding+Factor+Base': avdd(1), 'Herding+Factor+ICM': avdd(0, 10), 'Herding+Factor+CGM': avdd(0, 0, 10),
+        'Herding+Factor+Base+ICM': avdd(1, 10), 'Herding+Factor+Base+CGM': avdd(1, 0, 10),
+        'Herding+Factor+ICM+CGM': avdd(0, 10, 10), 'Herding+Factor+Base+ICM+CGM': FULL},
+    '4 (right: herding and factor)': {
+        'Random+Base': avdd(1, init='random', factor=1), 'Random+Base+ICM+CGM': avdd(1, 10, 10, init='random', factor=1),
+        'Herding+Base': avdd(1, factor=1), 'Herding+Base+ICM+CGM': avdd(1, 10, 10, factor=1),
+        'Random+Factor+Base': avdd(1, init='random'), 'Random+Factor+Base+ICM+CGM': avdd(1, 10, 10, init='random'),
+        'Herding+Factor+Base': avdd(1), 'Herding+Factor+Base+ICM+CGM': FULL},
+    '7': CHOOSING | {
+        'Herding+Factor+Base': avdd(1), 'Herding+Factor+Base+SCMM': avdd(1, scmm=1),
+        'Herding+Factor+Base+RSCMM': avdd(1, rscmm=1), 'Herding+Factor+Base+SCMM+RSCMM': avdd(1, scmm=1, rscmm=1)},
+    '8': {f'AVDD (factor l={k})': avdd(1, 10, 10, **({} if k == 2 else dict(factor=k))) for k in (1, 2, 3)},
+    '11': {f'AVDD (lambda_ICM=lambda_CGM={k})': avdd(1, k, k) for k in (1, 10, 20)},
+    'unequal': {f'β/α = {r:+.1f}': avdd(1, 10 + 10.5 * r, 10 - 10.5 * r) for r in (-.9, -.6, -.3, 0, .3, .6, .9)},
+}
+OTHER_SEEDS = {'control': 10}   # DM of the control shares no seed with AVDD: distillation seeds start here
+
+SCALES = {
+    'small': dict(
+        steps=50, ipc=[1, 10], protocol=('thorough', dict(updates=120, width=16)),
+        learner=dict(width=16, pool_size=10, real_batch=64, features='random'), choice=dict(features='random'),
+        data=dict(avmnist=dict(n_train=2000, n_test=1000), soundshapes=dict(n_train=2000, n_test=1000))),
+    'paper': dict(
+        steps=5000, ipc=[1, 10, 20], protocol=('paper', {}), learner=dict(draws='fresh'), choice={},
+        data=dict(avmnist={}, soundshapes=dict(n_train=8808, n_test=1000, image_size=224, mel='avdd'))),
+}
+
+
+def jobs(args):
+    "All cells as (dataset, ipc, label, method, options, seed), without repetition: small budgets and seeds first."
+    scale, seen = SCALES[args.scale], {}
+    for ipc in args.ipc or scale['ipc']:
+        for table in args.tables:
+            for dataset in args.datasets:
+                for label, (method, options) in TABLES[table].items():
+                    common = scale['learner'] if method in ('avdd', 'dm') else scale['choice']
+                    common = {} if method == 'random' else common
+                    first = OTHER_SEEDS.get(table, 0) if method == 'dm' else 0
+                    for seed in range(first, first + args.seeds):
+                        item = dataset, ipc, label, method, common | options, seed
+                        seen.setdefault(str((dataset, ipc, method, sorted(item[4].items()), seed)), item)
+    return list(seen.values())
+
+
+SPLITS = {}
+
+
+def cell(dataset, ipc, label, method, options, seed, args):
+    "The rows of one cell."
+    from avdd_nb.data.catalog import load
+    from avdd_nb.evaluate import make_protocol
+    from avdd_nb.runs import make_config
+    scale = SCALES[args.scale]
+    name, changes = scale['protocol']
+    config = make_config(dataset, method, ipc, scale['steps'], seed, scale['data'][dataset], options)
+    if dataset not in SPLITS:
+        SPLITS[dataset] = load(dataset, args.data_root, **scale['data'][dataset])
+    seeds = [args.evaluations * seed + i for i in range(args.evaluations)]
+    return measure(config, Path(args.out) / config.hash, make_protocol(name, **changes), seeds, SPLITS[dataset],
+                   args.data_root, args.device)
+
+
+def rows_of(rows, table, dataset, ipc, fusion='mean', scale='small'):
+    "The measured rows of one table as label → list of rows; modality 'AV' under `fusion`, and every single one."
+    import json
+    found = {}
+    for label, (method, options) in TABLES[table].items():
+        seeds_from = OTHER_SEEDS.get(table, 0) if method == 'dm' else 0
+        mine = [r for r in rows if r['dataset'] == dataset and int(r['ipc']) == ipc and r['method'] == method
+                and int(r['distill_seed']) >= seeds_from and r['fusion'] in ('', fusion)
+                and _same(json.loads(r['options']), options, method, scale)]
+        if table not in OTHER_SEEDS:
+            mine = [r for r in mine if int(r['distill_seed']) < 10]
+        if mine:
+            found[label] = mine
+    return found
+
+
+def _same(there, options, method, scale):
+    common = SCALES[scale]['learner'] if method in ('avdd', 'dm') else SCALES[scale]['choice']
+    return there == ({} if method == 'random' else common | options)
+
+
+def show(rows, scale='small'):
+    "Every table that has rows, as Markdown: accuracy of AV (mean of softmaxes), of each branch, seconds a run."
+    from statistics import mean, stdev
+    for table in TABLES:
+        for dataset in SCALES[scale]['data']:
+            for ipc in SCALES[scale]['ipc']:
+                found = rows_of(rows, table, dataset, ipc, scale=scale)
+                if not found:
+                    continue
+                print(f"\nTable {table}, {dataset}, IPC {ipc}\n\n| | AV % | A | V | n | s |\n|---|---|---|---|---|---|")
+                for label, mine in found.items():
+                    by = {m: [r['accuracy'] for r in mine if r['modality'] == m] for m in ('AV', 'audio', 'image')}
+                    spread = stdev(by['AV']) if len(by['AV']) > 1 else 0
+                    seconds = mean(r['distill_seconds'] for r in mine)
+                    print(f"| {label} | {mean(by['AV']):.1f} ± {spread:.1f} | {mean(by['audio']):.1f} | "
+                          f"{mean(by['image']):.1f} | {len(by['AV'])} | {seconds:.1f} |")
+
+
+def main():
+    "Runs what is missing, then prints the tables."
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--data-root')
+    p.add_argument('--out', default='runs/avdd_tables')
+    p.add_argument('--results', default=RESULTS, type=Path)
+    p.add_argument('--scale', default='small', choices=list(SCALES))
+    p.add_argument('--tables', nargs='+', default=list(TABLES), choices=list(TABLES))
+    p.add_argument('--datasets', nargs='+', default=['avmnist', 'soundshapes'])
+    p.add_argument('--ipc', type=int, nargs='+')
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--evaluations', type=int, default=1)
+    p.add_argument('--device', default='cpu')
+    p.add_argument('--workers', type=int, default=1)
+    p.add_argument('--print', action='store_true', dest='only_print')
+    args = p.parse_args()
+    if not args.only_print:
+        kept = {_identity(r): r for r in read_rows(args.results)}
+
+        def keep(rows):
+            write_rows(args.results, (kept | {_identity(r): r for r in rows}).values(), ORDER)
+
+        run_cells(cell, [(*item, args) for item in jobs(args)], args.workers, keep)
+    show(read_rows(args.results), args.scale)
+
+
+def _identity(row):
+    return tuple(str(row[k]) for k in ('run', 'digest', 'seed', 'modality', 'fusion'))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
