@@ -42,9 +42,11 @@ TABLES = {   # table → the paper's name of a row → (method, options)
         'Herding+Factor+Base+ICM': avdd(1, 10), 'Herding+Factor+Base+CGM': avdd(1, 0, 10),
         'Herding+Factor+ICM+CGM': avdd(0, 10, 10), 'Herding+Factor+Base+ICM+CGM': FULL},
     '4 (right: herding and factor)': {
-        'Random+Base': avdd(1, init='random', factor=1), 'Random+Base+ICM+CGM': avdd(1, 10, 10, init='random', factor=1),
+        'Random+Base': avdd(1, init='random', factor=1),
+        'Random+Base+ICM+CGM': avdd(1, 10, 10, init='random', factor=1),
         'Herding+Base': avdd(1, factor=1), 'Herding+Base+ICM+CGM': avdd(1, 10, 10, factor=1),
-        'Random+Factor+Base': avdd(1, init='random'), 'Random+Factor+Base+ICM+CGM': avdd(1, 10, 10, init='random'),
+        'Random+Factor+Base': avdd(1, init='random'),
+        'Random+Factor+Base+ICM+CGM': avdd(1, 10, 10, init='random'),
         'Herding+Factor+Base': avdd(1), 'Herding+Factor+Base+ICM+CGM': FULL},
     '7': CHOOSING | {
         'Herding+Factor+Base': avdd(1), 'Herding+Factor+Base+SCMM': avdd(1, scmm=1),
