@@ -73,7 +73,7 @@ def speed(data, ipc, args):
 
 
 def accuracy(data, test, ipc, args):
-    "Prints accuracy and processor time (filling the pool included): Algorithm 1 after 100 steps, the pool at several marks."
+    "Prints accuracy and processor time (pools included): Algorithm 1 after 100 steps, the pool at several marks."
     protocol = make_protocol('paper', width=args.width // 2)
 
     def score(syn):
