@@ -30,9 +30,13 @@ class Protocol(Recipe):
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
     def for_size(self, n, whole=False):
-        "The protocol with the number of epochs it means for `n` training samples."
-        if whole: return dataclasses.replace(self, epochs=self.epochs_whole)
-        return dataclasses.replace(self, epochs=max(1, round(self.updates/-(-n//self.batch)))) if self.updates else self
+        """The protocol with the number of epochs it means for `n` training samples.
+
+        Whole data that are few themselves get more than `epochs_whole`: up to `epochs`, until 150 updates are done.
+        """
+        each = -(-n//self.batch)
+        if whole: return dataclasses.replace(self, epochs=max(self.epochs_whole, min(self.epochs, -(-150//each))))
+        return dataclasses.replace(self, epochs=max(1, round(self.updates/each))) if self.updates else self
 
 # %% ../nbs/evaluate.ipynb #9dc08581
 PROTOCOLS = {p.name: p for p in (
