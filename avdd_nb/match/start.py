@@ -10,6 +10,7 @@ import torch
 from ..core import choose, seed_of
 from . import coreset
 from .pool import random_nets
+from ..nets.encoders import joint_encoder
 from ..store import cached
 from ..train import Recipe, fit, new_model
 
@@ -22,7 +23,8 @@ def _trained_nets(data, seed):
 
 # %% ../../nbs/match/start.ipynb #9e69a41d
 FEATURES = dict(trained=_trained_nets,
-                random=lambda data, seed: random_nets(data.modalities, 64, data.device, 'features', seed))
+                random=lambda data, seed: random_nets(data.modalities, 64, data.device, 'features', seed),
+                joint=lambda data, seed: joint_encoder(data, seed=seed).nets())
 
 def pair_features(data, features='trained', seed=0, batch=512):
     "Joint features (N, ΣD) of all pairs: the embeddings of every modality side by side, from the `FEATURES` networks."

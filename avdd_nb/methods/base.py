@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from ..core import choose, configure, hp, patch
 from ..match import augment, coreset, pool
-from ..match.start import starting_pairs
+from ..match.start import FEATURES, starting_pairs
 from ..synset import from_real
 
 # %% ../../nbs/methods/base.ipynb #71c2fab1
@@ -20,7 +20,7 @@ class Method:
     "Base of all methods. A subclass registers itself under its lower-case name, or under `name` in its class line."
     init: str = hp('random', choices=list(coreset.SELECTORS), help="which real pairs to start from")
     factor: int = hp(1, 1, 8, "l: every stored sample is a mosaic of l × l smaller ones")
-    features: str = hp('trained', choices=['trained', 'random'], help="network whose features herding and k-center see")
+    features: str = hp('trained', choices=list(FEATURES), help="network whose features herding and k-center see")
     learns = False
 
     def begin(self, data, ipc, seed):
