@@ -7,7 +7,6 @@ __all__ = ['same_class', 'infonce', 'ranks', 'retrieval']
 
 # %% ../../nbs/match/contrast.ipynb #d587a73e
 import torch
-import torch.nn.functional as F
 from ..core import UserError
 
 # %% ../../nbs/match/contrast.ipynb #fe2e7609
@@ -18,8 +17,8 @@ def same_class(labels):
 def infonce(a, b, temperature=.1, positives=None):
     """Symmetric InfoNCE of unit rows `a`, `b` (N, D), for each row: (N,), mean of both directions.
 
-    positives: (N, N) bool, every row with at least one; None: the diagonal (CLIP). With several, the log of their summed
-    probability.
+    positives: (N, N) bool, every row with at least one; None: the diagonal (CLIP). With several, the log of their
+    summed probability.
     """
     if a.shape != b.shape: raise UserError(f"contrast needs rows in pairs: got {tuple(a.shape)} and {tuple(b.shape)}.")
     scores = a @ b.T/temperature

@@ -13,7 +13,7 @@ import hashlib, json
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import UserError, choose, hp, rng, seed_of, seeded
+from ..core import UserError, choose, hp, rng, seeded
 from ..match import augment
 from ..match.contrast import infonce
 from .convnet import build
@@ -139,7 +139,7 @@ def train_joint(data, recipe=JointRecipe()):
 
 # %% ../../nbs/nets/encoders.ipynb #f208e1b6
 def joint_encoder(data, **options):
-    "The frozen `JointEncoder` of `data`: trained at the first call, kept under the data's hash. options: `JointRecipe`."
+    "The frozen `JointEncoder` of `data`: trained once, kept under the data's hash. options: `JointRecipe`."
     recipe = JointRecipe(**options)
     key = dict(data=data.hash, **asdict(recipe))
     def make():
