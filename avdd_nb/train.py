@@ -9,10 +9,10 @@ __all__ = ['SCHEDULES', 'Recipe', 'new_model', 'fit', 'predict']
 import math
 from dataclasses import dataclass
 import torch
-from .core import hp, rng, seed_of, seeded
+from .core import choose, hp, rng, seed_of, seeded
 from .match import augment
 from .nets.convnet import build
-from .nets.fusion import Ensemble
+from .nets.fusion import HEADS
 
 # %% ../nbs/train.ipynb #56ac54da
 @dataclass(frozen=True)
@@ -25,8 +25,10 @@ class Recipe:
     weight_decay: float = hp(1e-4, 0, 1, "L2, as Adam adds it")
     schedule: str = hp('steps', choices=['steps', 'cosine', 'constant'], help="how the step size falls")
     strategy: str = hp(augment.DSA, help="augmentations, one operation a batch, parameters per sample; '' for none")
-    arch: str = hp('ConvNet', help="network")
-    width: int = hp(128, 1, 4096, "channels of that network")
+    arch: str = hp('ConvNet', help="network: ConvNet, LeNet, AlexNet, VGG11, ResNet18, or one more in ARCHS")
+    width: int = hp(128, 1, 4096, "channels of the ConvNet; other networks scale with it (128: as printed)")
+    head: str = hp('ensemble', choices=list(HEADS), help="how modalities become one prediction")
+    guide: str = hp('', help="modality that guides the attention head; '' takes the first")
     head_init: str = hp('reference', choices=['reference', 'default'], help="initial weights of the classifiers")
     bf16: bool = hp(False, help="convolutions in bfloat16")
 
@@ -39,9 +41,10 @@ SCHEDULES = dict(steps=_steps, cosine=_cosine, constant=lambda t: 1.)
 
 # %% ../nbs/train.ipynb #862b1de2
 def new_model(modalities, n_classes, recipe, seed):
-    "An untrained `Ensemble` for these modalities; weights from `seed` alone."
+    "An untrained `Fusion` for these modalities, of the recipe's networks and head; weights from `seed` alone."
     nets = {m: build(recipe.arch, s, width=recipe.width, seed=seed_of('model', seed, m)) for m, s in modalities.items()}
-    with seeded('head', seed): return Ensemble(nets, n_classes, recipe.head_init)
+    make = choose(recipe.head, HEADS, 'head')
+    with seeded('head', seed): return make(nets, n_classes, recipe.head_init, recipe.guide)
 
 # %% ../nbs/train.ipynb #956d3c72
 def _optimiser(model, modalities, recipe):
@@ -83,7 +86,7 @@ def fit(model, modalities, batch_of, labels, recipe, seed, after_epoch=None):
 # %% ../nbs/train.ipynb #7edd17e0
 @torch.no_grad()
 def predict(model, data, batch=500, bf16=False):
-    "modality → logits (N, C) of a trained model on a `PairedData`."
+    "name → logits (N, C) of a trained model on a `PairedData`: a modality, or 'AV' of a joint head."
     parts = []
     for idx in torch.arange(len(data), device=data.device).split(batch):
         with torch.autocast(data.device.type, torch.bfloat16, enabled=bf16):
