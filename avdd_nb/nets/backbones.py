@@ -6,7 +6,6 @@
 __all__ = ['SMALLEST', 'VGG', 'BACKBONES', 'Backbone', 'check_size', 'scaled', 'lenet', 'alexnet', 'vgg11', 'resnet18']
 
 # %% ../../nbs/nets/backbones.ipynb #77a7a12d
-import torch
 from torch import nn
 
 from ..core import UserError, need
