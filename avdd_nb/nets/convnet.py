@@ -60,7 +60,7 @@ def sizes(shape, depth, grid):
         raise UserError(f"{depth} blocks halve an input of {shape[1]}×{shape[2]} below one pixel: use a smaller depth")
     return out
 
-
+# %% ../../nbs/nets/convnet.ipynb #c5b39064
 CHUNK_BYTES = 8 * 2**20   # what a CPU may hold of the largest layer at one time; see "Small mouthfuls"
 
 
@@ -73,7 +73,7 @@ def mouthful(size, width, border=0):
     "How many samples a CPU takes at a time: their first layer of `width` channels fits into `CHUNK_BYTES`."
     return max(1, CHUNK_BYTES // (4 * width * (size[0] + border) * (size[1] + border)))
 
-
+# %% ../../nbs/nets/convnet.ipynb #8795a2ef
 class ConvNet(nn.Module):
     "Embeds (B, channels, H, W) as (B, dim). Source: AVDD, nets/audio_net.py and nets/vision_net.py."
     def __init__(self, channels, size, width=128, depth=3, grid=None):

@@ -131,8 +131,8 @@ class Attention(Together):
         "Probes, then W and U of every modality, then the classifier."
         channels = {net.channels for net in self.nets}
         if len(channels) > 1:
-            raise UserError(f"Feature maps of {sorted(channels)} channels cannot be compared: use networks of one width, "
-                            "or another head.")
+            raise UserError(f"Feature maps of {sorted(channels)} channels cannot be compared: use networks of one "
+                            "width, or another head.")
         (self.channels,) = channels
         for net in self.nets: yield nn.Linear(net.dim, n_classes)
         for _ in 2 * self.modalities: yield nn.Linear(self.channels, self.channels)
