@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from .core import UserError, choose, configure, hp, need
 from .data.paired import PairedData
-from .nets.fusion import FUSIONS, probabilities
+from .nets.fusion import FUSIONS, JOINT, probabilities
 from .train import Recipe, fit, new_model, predict
 
 # %% ../nbs/evaluate.ipynb #ff73ba3a
@@ -53,10 +53,14 @@ def make_protocol(name='paper', /, **options):
 
 # %% ../nbs/evaluate.ipynb #4f4e9ae3
 def decisions(logits):
-    "(modality, fusion) → scores (N, C): every single modality, and all of them ('AV') under each fusion rule."
-    single = {(m, ''): z for m, z in logits.items()}
+    """(modality, fusion) → scores (N, C): every single modality, and all of them ('AV').
+
+    An ensemble is read under each fusion rule; a head with logits of its own for 'AV' once, as 'joint'.
+    """
+    single = {(m, ''): z for m, z in logits.items() if m != JOINT}
+    if JOINT in logits: return {(JOINT, 'joint'): logits[JOINT]} | single
     if len(single) == 1: return single
-    return {('AV', f): probabilities(logits, f) for f in FUSIONS} | single
+    return {(JOINT, f): probabilities(logits, f) for f in FUSIONS} | single
 
 def accuracies(logits, labels):
     "Percent correct as rows (modality, fusion, accuracy), one for each of the `decisions`."
@@ -91,7 +95,7 @@ def evaluate(train, test, protocol=PROTOCOLS['paper'], seeds=3, workers=None, pr
 
     train: `SyntheticSet` or `PairedData`; seeds: how many, or a list; progress: called with the finished fraction;
     seen: called with (seed, modality → logits on the test data), perhaps from a thread.
-    A row: protocol, digest, arch, width, epochs, n_train, seed, modality ('AV' or one name), fusion, accuracy
+    A row: protocol, digest, arch, width, head, epochs, n_train, seed, modality ('AV' or one name), fusion, accuracy
     (percent), seconds.
     """
     _check_alike(train, test)
@@ -113,7 +117,7 @@ def evaluate(train, test, protocol=PROTOCOLS['paper'], seeds=3, workers=None, pr
         if seen: seen(seed, logits)
         found = accuracies(logits, test.labels)
         shared = dict(protocol=protocol.name, digest=protocol.digest, arch=recipe.arch, width=recipe.width,
-                      epochs=recipe.epochs, n_train=len(labels), seed=seed)
+                      head=recipe.head, epochs=recipe.epochs, n_train=len(labels), seed=seed)
         return [shared | row | dict(seconds=time.perf_counter() - start) for row in found]
 
     return [row for rows in side_by_side(one, seeds, workers if labels.device.type == 'cpu' else 1) for row in rows]
