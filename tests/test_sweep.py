@@ -214,7 +214,7 @@ def start(grid, out, *options):
                             start_new_session=True, env=os.environ | dict(COLUMNS='200'))
 
 
-def wait_until(happens, seconds=120):
+def wait_until(happens, seconds=600):
     until = time.time() + seconds
     while not happens():
         assert time.time() < until, 'it did not happen in time'
@@ -224,8 +224,12 @@ def wait_until(happens, seconds=120):
 def n_done(out): return len(list(out.glob('jobs/*/done.json')))
 
 
-def kernels(parent):
-    return [p for p in psutil.Process(parent.pid).children(recursive=True) if 'ipykernel' in ' '.join(p.cmdline())]
+def busy_kernel(out):
+    "The process of a kernel that has run some cells of its job, but not all; None where there is none just now."
+    for path in out.glob('jobs/*/events.jsonl'):
+        said = read_events(path)
+        if 'cell' in said[-1] and said[-1]['cell'] < said[-1]['cells'] - 1:
+            return next(e['pid'] for e in reversed(said) if 'pid' in e)
 
 
 def table(out):
@@ -236,46 +240,48 @@ def table(out):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_twenty_four_jobs_killed_and_resumed(tmp_path):
     whole, killed = tmp_path/'whole', tmp_path/'killed'
-    sweep(make_jobs(FOUR), whole, workers=2, bare=True)
-    parent = start(FOUR, killed, '--workers', '2')
-    wait_until(lambda: n_done(killed) >= 3 and kernels(parent))
-    kernels(parent)[0].send_signal(signal.SIGKILL)                           # a kernel dies: the parent goes on
+    sweep(make_jobs(FOUR, baselines=False), whole, workers=2, bare=True)
+    parent = start(FOUR, killed, '--workers', '2', '--no-baselines')
+    wait_until(lambda: n_done(killed) >= 3)
+    wait_until(lambda: busy_kernel(killed))
+    os.kill(busy_kernel(killed), signal.SIGKILL)                             # a kernel dies: the parent goes on
+    wait_until(lambda: list(killed.glob('jobs/*/failed.json')))
     before = n_done(killed)
     wait_until(lambda: n_done(killed) >= before + 3)
-    assert parent.poll() is None and len(list(killed.glob('jobs/*/failed.json'))) == 1
+    assert parent.poll() is None
     family = psutil.Process(parent.pid).children(recursive=True)
     parent.kill()                                                            # the parent dies: its kernels follow
     parent.wait()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     stamps = {p: p.stat().st_mtime_ns for p in killed.glob('jobs/*/done.json')}
-    again = start(FOUR, killed, '--workers', '2')
-    said, _ = again.communicate(timeout=600)
+    again = start(FOUR, killed, '--workers', '2', '--no-baselines')
+    said, _ = again.communicate(timeout=1500)
     assert again.returncode == 0, said
     assert all(p.stat().st_mtime_ns == t for p, t in stamps.items())         # what was done was not done again
     assert table(killed).equals(table(whole))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3000)
 def test_two_parents_at_once(tmp_path):
     out, grid = tmp_path/'out', FOUR | dict(steps=5)
-    two = [start(grid, out, '--workers', '1', '--bare') for _ in range(2)]
+    two = [start(grid, out, '--workers', '1', '--bare', '--no-baselines') for _ in range(2)]
     for parent in two:
-        said, _ = parent.communicate(timeout=500)
+        said, _ = parent.communicate(timeout=1500)
         assert parent.returncode == 0, said
     runs = [starts(out, j) for j in read_plan(out)]
-    assert runs == [1]*len(runs) and n_done(out) == len(runs) >= 24
+    assert runs == [1]*len(runs) and n_done(out) == len(runs) == 24
     alone = tmp_path/'alone'
-    sweep(make_jobs(grid), alone, workers=2, bare=True)
+    sweep(make_jobs(grid, baselines=False), alone, workers=2, bare=True)
     assert table(out).equals(table(alone))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize('how', [[], ['--bare']])
 def test_ctrl_c_leaves_a_clean_state(tmp_path, how):
     out, grid = tmp_path/'out', TINY | dict(method='dm', steps=3000, seed=[0, 1, 2])
@@ -293,7 +299,7 @@ def test_ctrl_c_leaves_a_clean_state(tmp_path, how):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(3000)
 def test_a_kernel_and_a_process_give_the_same_numbers(tmp_path):
     jobs = make_jobs(TINY)
     sweep(jobs, tmp_path/'a', workers=2, bare=True)

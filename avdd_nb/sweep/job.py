@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['START_TRIES', 'DIED', 'whole_rows', 'commit', 'Handle', 'by_notebook', 'bare', 'run_folder', 'run_job', 'mark_failed']
 
-# %% ../../nbs/sweep/job.ipynb #eace06af
+# %% ../../nbs/sweep/job.ipynb #0bbcf5f6
 import contextlib, functools, json, os, platform, signal, subprocess, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..core import UserError
 from ..store import append_event, cached, lock, read_json, write_json
 from .plan import ONE, done, job_folder, page, page_parameters
 
-# %% ../../nbs/sweep/job.ipynb #a9e0e029
+# %% ../../nbs/sweep/job.ipynb #45cd0b56
 def whole_rows(splits, protocol, seeds=1, device='cpu'):
     "Rows of `evaluate` for the whole training data, one seed after the other; each is measured once and kept."
     from avdd_nb.evaluate import evaluate
@@ -23,9 +23,9 @@ def whole_rows(splits, protocol, seeds=1, device='cpu'):
         key = dict(train=train.hash, test=test.hash, protocol=asdict(protocol), seed=seed)
         make = lambda seed=seed: ({}, evaluate(train, test, protocol, [seed]))
         rows += cached('whole', key, make)[1]
-    return [dict(method='whole data', ipc=0) | r for r in rows]
+    return [dict(method='whole data', ipc=0, data_hash=train.hash) | r for r in rows]
 
-# %% ../../nbs/sweep/job.ipynb #d029a8db
+# %% ../../nbs/sweep/job.ipynb #0781b204
 @functools.cache
 def commit():
     "The git commit of this clone, with a + where files differ from it; '' outside of a clone."
@@ -36,7 +36,7 @@ def commit():
     try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
     except OSError: return ''
 
-# %% ../../nbs/sweep/job.ipynb #bdb9e5ad
+# %% ../../nbs/sweep/job.ipynb #10e3ce15
 def _facts(start):
     from avdd_nb.runs import versions
     return dict(seconds=time.time() - start, versions=versions(), commit=commit(), host=platform.node())
@@ -49,13 +49,23 @@ def _parameters(job, folder, root):
     takes = page_parameters(page(job.notebook))
     return job.parameters | {k: v for k, v in mine.items() if k in takes}
 
-# %% ../../nbs/sweep/job.ipynb #925380fa
+# %% ../../nbs/sweep/job.ipynb #95a84ae3
 @dataclass
 class Handle:
-    "What may be asked of a job that is going on: its kernel's `pid`; after `stop()` it writes a checkpoint and ends."
+    """What may be asked of a job that is going on: its kernel's `pid`; after `stop()` it writes a checkpoint and ends.
+
+    `told(pid)` is called when its kernel is up.
+    """
     pid: int = 0
     started: bool = False
     stopped: bool = False
+    told: object = None
+
+    def begins(self, pid):
+        "The kernel is up: its jobs may be interrupted from now on."
+        self.pid, self.started = pid, True
+        if self.told: self.told(pid)
+        self.check()
 
     def stop(self):
         "Interrupts the kernel (as Ctrl-C would)."
@@ -67,7 +77,7 @@ class Handle:
         "Between two cells a kernel hears no interrupt: the stop happens here."
         if self.stopped: raise KeyboardInterrupt
 
-# %% ../../nbs/sweep/job.ipynb #433ce1db
+# %% ../../nbs/sweep/job.ipynb #7743d47d
 @functools.cache
 def _register_engine():
     "Papermill's engine, with the ears; registered under the name 'avdd'."
@@ -76,8 +86,7 @@ def _register_engine():
 
     class Client(PapermillNotebookClient):
         def papermill_execute_cells(self):
-            self.handle.pid, self.handle.started = self.km.provisioner.pid, True
-            self.handle.check()
+            self.handle.begins(self.km.provisioner.pid)
             super().papermill_execute_cells()
 
     class Engine(NBClientEngine):
@@ -97,7 +106,7 @@ def _register_engine():
 
     papermill_engines.register('avdd', Engine)
 
-# %% ../../nbs/sweep/job.ipynb #6c8a64e3
+# %% ../../nbs/sweep/job.ipynb #418c6799
 def _page_of(job, pictures):
     "The notebook of a job, without the cells that are only there to look."
     import nbformat
@@ -109,15 +118,16 @@ def by_notebook(job, folder, root=None, env=None, handle=None, pictures=False):
     "Runs the job's notebook to its end; what it wrote lies in the job's folder. Errors are papermill's."
     import papermill
     _register_engine()
-    here = job_folder(folder, job)
+    here, handle = job_folder(folder, job), handle or Handle()
+    handle.told = lambda pid: append_event(here/'events.jsonl', dict(time=time.time(), pid=pid))
     say = lambda i, n: append_event(here/'events.jsonl', dict(time=time.time(), cell=i, cells=n))
     with open(here/'log.txt', 'a') as log:
         papermill.execute_notebook(
             _page_of(job, pictures), str(here/'notebook.ipynb'), _parameters(job, folder, root), engine_name='avdd',
             kernel_name='python3', progress_bar=False, stdout_file=log, stderr_file=log, autosave_cell_every=0,
-            handle=handle or Handle(), on_cell=say, env=os.environ | (env or {}))
+            handle=handle, on_cell=say, env=os.environ | (env or {}))
 
-# %% ../../nbs/sweep/job.ipynb #760cf562
+# %% ../../nbs/sweep/job.ipynb #9605957c
 @functools.lru_cache(2)
 def _splits(dataset, root, options):
     from avdd_nb.data.catalog import load
@@ -134,7 +144,7 @@ def bare(job, folder, root=None, env=None, handle=None, pictures=False):
     else: raise UserError(f"{job.notebook} can only run as a notebook: leave out --bare.")
     write_json(job_folder(folder, job)/'rows.json', rows)
 
-# %% ../../nbs/sweep/job.ipynb #45dc96a8
+# %% ../../nbs/sweep/job.ipynb #5850b1d6
 def run_folder(folder, job):
     "Where the distillation of a job lies; jobs that differ in their evaluation only share it."
     p = job.parameters
@@ -146,7 +156,7 @@ def _distil_and_measure(job, folder, root, splits, protocol):
     for _ in run(RunConfig(**job.identity['run']), here, root, p['device'], splits=splits): pass
     return evaluate_run(here, protocol, p['seeds'], root, p['device'], splits=splits)
 
-# %% ../../nbs/sweep/job.ipynb #985c6ffe
+# %% ../../nbs/sweep/job.ipynb #9403c20f
 def run_job(job, folder, work=by_notebook, started=0., **kw):
     """Runs `job` of the sweep in `folder` and says how it went: (state, message).
 
@@ -176,7 +186,7 @@ def mark_failed(here, message):
 
 def _failure(here): return read_json(here/'failed.json') if (here/'failed.json').exists() else None
 
-# %% ../../nbs/sweep/job.ipynb #6c595c79
+# %% ../../nbs/sweep/job.ipynb #7a946b71
 def _attempt(job, folder, here, work, kw):
     "Runs the work; writes the marker, or why there is none."
     start = time.time()
@@ -200,7 +210,7 @@ def _attempt(job, folder, here, work, kw):
 def _run_facts(folder, job):
     return dict(run=str(run_folder(folder, job).relative_to(folder))) if job.run else {}
 
-# %% ../../nbs/sweep/job.ipynb #2893abea
+# %% ../../nbs/sweep/job.ipynb #7f177a2f
 START_TRIES = 3
 
 def _tries(job, folder, work, kw):
@@ -221,7 +231,7 @@ def _wait_for_orphan(folder, job, patience=20.):
             if free: return
         time.sleep(.2)
 
-# %% ../../nbs/sweep/job.ipynb #16905571
+# %% ../../nbs/sweep/job.ipynb #97ce4332
 DIED = 'its process died: it was killed, or the memory was not enough'
 
 def _why(e, handle):
