@@ -77,7 +77,8 @@ _GRID = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax
                  grid_gap='2px 20px', width='100%', overflow='visible')
 
 def _help(text):
-    return W.HTML(f'<div class="avdd-help">{esc(text)}</div>', layout=W.Layout(margin='-6px 0 4px 9.9em', min_width='0'))
+    place = W.Layout(margin='-6px 0 4px 9.9em', min_width='0')
+    return W.HTML(f'<div class="avdd-help">{esc(text)}</div>', layout=place)
 
 # %% ../nbs/controls.ipynb #10bd873b
 class OptionsForm(W.VBox):
@@ -90,7 +91,8 @@ class OptionsForm(W.VBox):
         super().__init__([W.Box(rows, layout=_GRID)])
 
     def _control(self, name, default, value):
-        look = dict(description=name, style=dict(description_width='9.5em'), layout=W.Layout(width='100%', min_width='0'))
+        look = dict(description=name, style=dict(description_width='9.5em'),
+                    layout=W.Layout(width='100%', min_width='0'))
         if isinstance(default, bool): return W.Checkbox(value=value, indent=True, **look)
         if isinstance(default, int): return W.IntText(value=value, continuous_update=False, **look)
         if isinstance(default, float): return W.FloatText(value=value, continuous_update=False, **look)

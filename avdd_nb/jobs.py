@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['ALLOCATOR', 'DIED', 'WORK', 'runs_dir', 'run_folder', 'Quota', 'quota', 'log_text', 'at_work', 'child_env', 'start',
-           'stop', 'wait', 'Standing', 'standing', 'EventTail', 'Teller', 'turn', 'distil', 'OutOfTime', 'measure',
-           'write_report', 'estimate', 'main']
+           'stop', 'wait', 'begin', 'Standing', 'standing', 'EventTail', 'Teller', 'turn', 'distil', 'OutOfTime',
+           'measure', 'write_report', 'estimate', 'main']
 
-# %% ../nbs/jobs.ipynb #d9818e31
+# %% ../nbs/jobs.ipynb #9912e925
 import contextlib, fcntl, json, os, signal, subprocess, sys, tempfile, time, traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import avdd_nb
 from .core import UserError, choose, configure, hp
+from .plugins import version_of
 from .store import lock, read_json, write_json
 
-# %% ../nbs/jobs.ipynb #9d913cb4
+# %% ../nbs/jobs.ipynb #f66d15f8
 def runs_dir():
     "The folder of runs: `$AVDD_RUNS`, else ./runs; one in the temporary folder where ./runs cannot be written."
     if os.environ.get('AVDD_RUNS'): return Path(os.environ['AVDD_RUNS']).expanduser()
@@ -24,10 +25,12 @@ def runs_dir():
     return here if writable else Path(tempfile.gettempdir())/f'avdd-runs-{os.getuid()}'
 
 def run_folder(config):
-    "Where the run of this `RunConfig` lives."
-    return runs_dir()/f"{config.dataset}-{config.method}-{config.hash}"
+    "Where the run of this `RunConfig` lives; a method of your own has the version of its file in the name."
+    from avdd_nb.methods.base import methods
+    version = version_of(choose(config.method, methods(), "method"))
+    return runs_dir()/'-'.join(filter(None, [config.dataset, config.method, config.hash, version]))
 
-# %% ../nbs/jobs.ipynb #9ca99e02
+# %% ../nbs/jobs.ipynb #aabfd806
 @dataclass(frozen=True)
 class Quota:
     "The most that one run may ask for (0: no limit), and how many runs of this machine's user work at once."
@@ -50,7 +53,7 @@ def quota():
     if any('=' not in i for i in items): raise UserError("AVDD_QUOTA needs name=number, joined by commas.")
     return configure(Quota, **dict(i.split('=', 1) for i in items))
 
-# %% ../nbs/jobs.ipynb #5decec95
+# %% ../nbs/jobs.ipynb #de7c6623
 def _file(out, kind, what=''):
     return Path(out)/'.job'/f"{kind}{what}"
 
@@ -69,7 +72,7 @@ def _held(path):
     if not path.exists(): return False
     with lock(path, wait=False) as mine: return not mine
 
-# %% ../nbs/jobs.ipynb #231ded02
+# %% ../nbs/jobs.ipynb #1201f87a
 ALLOCATOR = dict(MALLOC_MMAP_MAX_='0', MALLOC_TRIM_THRESHOLD_='8000000000', MALLOC_TOP_PAD_='500000000')
 
 def child_env():
@@ -81,7 +84,7 @@ def child_env():
     path = [home, *[p for p in os.environ.get('PYTHONPATH', '').split(os.pathsep) if p and p != home]]
     return ALLOCATOR | dict(os.environ, PYTHONPATH=os.pathsep.join(path), PYTHONUNBUFFERED='1')
 
-# %% ../nbs/jobs.ipynb #9aaab967
+# %% ../nbs/jobs.ipynb #e0a21e63
 _children = []
 
 def start(out, kind='distill', **what):
@@ -101,7 +104,7 @@ def start(out, kind='distill', **what):
     _children.append(child)
     return Path(out)
 
-# %% ../nbs/jobs.ipynb #f474022e
+# %% ../nbs/jobs.ipynb #28fa8111
 def _spawn(out, kind, log, lock_file):
     "The child: in a session of its own, so that Ctrl-C here does not reach it, and with the lock in its hand."
     return subprocess.Popen([sys.executable, '-m', 'avdd_nb.jobs', str(out), kind], env=child_env(), stdout=log,
@@ -120,7 +123,7 @@ def _elsewhere(out, kind):
     "Whether a command line or a sweep is at work on this run."
     return kind == 'distill' and _held(Path(out)/'.lock')
 
-# %% ../nbs/jobs.ipynb #bc869de2
+# %% ../nbs/jobs.ipynb #88fdf355
 def stop(out, kind='distill'):
     "Asks the job to stop, as Ctrl-C does: a distillation writes its checkpoint first. Returns whether one was at work."
     if not _held(_file(out, kind, '.lock')): return False
@@ -135,10 +138,20 @@ def wait(out, kind='distill', seconds=600):
         time.sleep(.05)
     return standing(out, kind)
 
-# %% ../nbs/jobs.ipynb #ebd60b0f
+# %% ../nbs/jobs.ipynb #5547d790
+def begin(config, root=None, device='cpu'):
+    "The folder in which a child process distils this `RunConfig`, or goes on with it; checked against the quota first."
+    from avdd_nb.methods.base import methods
+    quota().check(steps=config.steps, ipc=config.ipc)
+    if choose(config.method, methods(), "method").__module__ == '__main__': raise UserError(
+        f"The method {config.method!r} lives in this notebook only: save the notebook, mark the cell with `#| plugin` "
+        "and call use_methods('its file'), so that the run's own process finds it.")
+    return start(run_folder(config), config=asdict(config), root=str(root) if root else None, device=device)
+
+# %% ../nbs/jobs.ipynb #40a4d145
 @dataclass
 class Standing:
-    "Where a job stands: `phase`, finished `step` of `steps`, `loss`, `seconds` of work, `memory_mb`, `pace` (s a step)."
+    "Where a job stands: `phase`, finished `step` of `steps`, `loss`, `seconds`, `memory_mb`, `pace` (s a step)."
     phase: str = 'new'
     step: int = 0
     steps: int = 0
@@ -158,7 +171,7 @@ class Standing:
         "Seconds that it will still take at the pace so far; NaN if nobody can tell."
         return self.pace*(self.steps - self.step)
 
-# %% ../nbs/jobs.ipynb #98cdf427
+# %% ../nbs/jobs.ipynb #b85f601b
 def standing(out, kind='distill'):
     "The `Standing` of a job: from what its process says, and from whether that process is alive."
     alive, said = at_work(out, kind), _file(out, kind, '.status')
@@ -173,7 +186,7 @@ def standing(out, kind='distill'):
 DIED = ("The process ended without a word: it was killed, or the memory was full. "
         "The log has its last lines; Resume goes on from the last checkpoint.")
 
-# %% ../nbs/jobs.ipynb #871925a4
+# %% ../nbs/jobs.ipynb #9259c3b4
 def _from_run(out, at):
     "What the run's own files say, for runs that a command line or a sweep has started: they have no `.job`."
     if (out/'done.json').exists():
@@ -194,7 +207,7 @@ def _last_event(out, size=8192):
         lines = f.read().split(b'\n')[:-1]
     return json.loads(lines[-1]) if lines else {}
 
-# %% ../nbs/jobs.ipynb #0293c33d
+# %% ../nbs/jobs.ipynb #4cdf8905
 class EventTail:
     "Reads the events of the run in `out` as they are written."
     def __init__(self, out):
@@ -212,7 +225,7 @@ class EventTail:
         self.at += len(whole) + bool(whole)
         return [json.loads(line) for line in whole.splitlines() if line.strip()]
 
-# %% ../nbs/jobs.ipynb #8eb8ba25
+# %% ../nbs/jobs.ipynb #01797041
 class Teller:
     "Writes how far a job is into its folder, at most every `pause` seconds."
     def __init__(self, out, kind, pause=.5):
@@ -249,8 +262,8 @@ def _sits(path, held):
         if free: held.push(attempt.pop_all())
     return free
 
-# %% ../nbs/jobs.ipynb #2ac9b1bf
-def distil(out, tell, config, root=None, device='cpu', checkpoint_every=2.):
+# %% ../nbs/jobs.ipynb #14edb3a7
+def distil(out, tell, config, root=None, device='cpu', checkpoint_every=2., snapshots=10):
     "Distils the run `config` (fields of `RunConfig`) in `out`, or goes on with it; checkpoints are what a panel shows."
     from avdd_nb.data.catalog import load
     from avdd_nb.runs import make_config, run
@@ -259,7 +272,8 @@ def distil(out, tell, config, root=None, device='cpu', checkpoint_every=2.):
     tell(phase='loading', steps=config.steps)
     splits = load(config.dataset, root, **config.data)
     limits.check(pairs=len(splits.train))
-    for n, p in enumerate(run(config, out, root, device, checkpoint_every=checkpoint_every, splits=splits), 1):
+    for n, p in enumerate(run(config, out, root, device, checkpoint_every=checkpoint_every, splits=splits,
+                              snapshots=snapshots), 1):
         tell(phase='running', step=p.step, loss=p.loss, seconds=p.seconds, memory_mb=p.memory_mb, pace=p.seconds/n)
         if limits.seconds and p.seconds > limits.seconds: raise OutOfTime(
             f"This machine allows {limits.seconds} s of work at a time. Resume goes on from here.")
@@ -267,7 +281,7 @@ def distil(out, tell, config, root=None, device='cpu', checkpoint_every=2.):
 class OutOfTime(UserError):
     "The quota of seconds is used up: the run stops, and can go on."
 
-# %% ../nbs/jobs.ipynb #6f891e55
+# %% ../nbs/jobs.ipynb #639b4fb8
 def measure(out, tell, protocol='paper', options=None, seeds=3, baselines=True, root=None, device='cpu'):
     "Evaluates the finished run in `out`."
     from avdd_nb.evaluate import make_protocol
@@ -289,24 +303,24 @@ def write_report(out, tell, root=None):
 _BEGAN = time.monotonic()
 def _age(): return time.monotonic() - _BEGAN
 
-# %% ../nbs/jobs.ipynb #123cf1e9
+# %% ../nbs/jobs.ipynb #4b1a2259
 def estimate(out, tell, config, root=None, device='cpu'):
     "Times the start, one draw of the real side and two steps of the run `config`; writes `estimate.json`."
     from avdd_nb.data.catalog import load
     from avdd_nb.distill import distill, peak_memory_mb
     from avdd_nb.methods.base import make_method
-    from avdd_nb.runs import initialise, make_config
+    from avdd_nb.runs import make_config
     tell(phase='running')
     config = make_config(**config)
     method = make_method(config.method, **config.options)
     data = load(config.dataset, root, **config.data).train.to(device)
     quota().check(pairs=len(data))
-    syn = initialise(method, data, config.ipc, config.seed).to(device)
+    syn = method.begin(data, config.ipc, config.seed).to(device)
     found = dict(start=_age(), draw=0., draws=0, step=0., memory_mb=peak_memory_mb(syn.labels.device))
     if method.learns: found |= _time_steps(method, data, syn, config, distill, peak_memory_mb)
     write_json(Path(out)/'estimate.json', found)
 
-# %% ../nbs/jobs.ipynb #edd6c326
+# %% ../nbs/jobs.ipynb #acde301f
 def _time_steps(method, data, syn, config, distill, peak_memory_mb):
     "Seconds of a draw and of a step, how many draws the run will make, and the peak memory."
     source, marks = method.source(data, config.seed), [time.monotonic()]
@@ -319,7 +333,7 @@ def _time_steps(method, data, syn, config, distill, peak_memory_mb):
     return dict(draw=marks[1] - marks[0], draws=draws, step=min(b - a for a, b in zip(marks[1:], marks[2:])),
                 memory_mb=peak_memory_mb(syn.labels.device))
 
-# %% ../nbs/jobs.ipynb #e6e06df7
+# %% ../nbs/jobs.ipynb #27933602
 WORK = dict(distill=distil, evaluate=measure, report=write_report, estimate=estimate)
 
 def main(argv=None):
