@@ -263,7 +263,7 @@ def _sits(path, held):
     return free
 
 # %% ../nbs/jobs.ipynb #14edb3a7
-def distil(out, tell, config, root=None, device='cpu', checkpoint_every=2., snapshots=10):
+def distil(out, tell, config, root=None, device='cpu', checkpoint_every=2.):
     "Distils the run `config` (fields of `RunConfig`) in `out`, or goes on with it; checkpoints are what a panel shows."
     from avdd_nb.data.catalog import load
     from avdd_nb.runs import make_config, run
@@ -272,8 +272,7 @@ def distil(out, tell, config, root=None, device='cpu', checkpoint_every=2., snap
     tell(phase='loading', steps=config.steps)
     splits = load(config.dataset, root, **config.data)
     limits.check(pairs=len(splits.train))
-    for n, p in enumerate(run(config, out, root, device, checkpoint_every=checkpoint_every, splits=splits,
-                              snapshots=snapshots), 1):
+    for n, p in enumerate(run(config, out, root, device, checkpoint_every=checkpoint_every, splits=splits), 1):
         tell(phase='running', step=p.step, loss=p.loss, seconds=p.seconds, memory_mb=p.memory_mb, pace=p.seconds/n)
         if limits.seconds and p.seconds > limits.seconds: raise OutOfTime(
             f"This machine allows {limits.seconds} s of work at a time. Resume goes on from here.")
