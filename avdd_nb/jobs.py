@@ -327,7 +327,7 @@ def _time_steps(method, data, syn, config, distill, peak_memory_mb):
     marks.append(time.monotonic())
     class Same:
         def at(self, step): return kept
-    for p in distill(method, syn, Same(), 2): marks.append(time.monotonic())
+    for _ in distill(method, syn, Same(), 2): marks.append(time.monotonic())
     draws = min(config.steps, getattr(source, 'size', config.steps))
     return dict(draw=marks[1] - marks[0], draws=draws, step=min(b - a for a, b in zip(marks[1:], marks[2:])),
                 memory_mb=peak_memory_mb(syn.labels.device))
