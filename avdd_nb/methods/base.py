@@ -12,6 +12,7 @@ import torch
 from ..core import choose, configure, hp, patch
 from ..match import augment, coreset, pool
 from ..match.start import FEATURES, starting_pairs
+from ..plugins import load_plugins
 from ..synset import from_real
 
 # %% ../../nbs/methods/base.ipynb #71c2fab1
@@ -22,6 +23,7 @@ class Method:
     factor: int = hp(1, 1, 8, "l: every stored sample is a mosaic of l × l smaller ones")
     features: str = hp('trained', choices=list(FEATURES), help="network whose features herding and k-center see")
     learns = False
+    presets = dict(quick=dict(steps=100, width=48, pool_size=10, real_batch=64), paper=dict(steps=5000))
 
     def begin(self, data, ipc, seed):
         "The `SyntheticSet` it starts from: `ipc` samples per class (or in all, without classes), tiled as it wants."
@@ -117,6 +119,7 @@ def methods():
     "name → class of every method that can be run."
     import avdd_nb.methods as package
     for module in pkgutil.iter_modules(package.__path__): importlib.import_module(f"{package.__name__}.{module.name}")
+    load_plugins()
     return {name: cls for name, cls in sorted(METHODS.items()) if cls not in (Method, Learner, Matching)}
 
 # %% ../../nbs/methods/base.ipynb #beadc7e5
