@@ -10,6 +10,7 @@ import resource, time
 from dataclasses import dataclass
 import torch
 from .core import UserError
+from .synset import check_fits
 
 # %% ../nbs/distill.ipynb #75f15689
 def chunks(n_groups, at_once):
@@ -61,6 +62,7 @@ def distill(method, syn, source, steps, optimiser=None, start=0, at_once=None, b
     bf16: networks in bfloat16. With `method.per_class_steps`, an optimiser step on the whole tensor follows each class
     (the reference code's order).
     """
+    check_fits(syn, getattr(source, 'data', None))
     optimiser, tensors = optimiser or method.optimiser(syn), list(syn.learnables().values())
     at_once = 1 if method.per_class_steps else at_once or method.groups_at_once(syn)
     device, began = tensors[0].device, time.perf_counter()
