@@ -80,7 +80,7 @@ def explains_its_fields(case):
         if type(f.default) in (int, float):
             assert meta.get('low') is not None and meta.get('high') is not None, f"the field {f.name} has no range"
             assert meta['low'] <= f.default <= meta['high'], f"the default of {f.name} is outside its range"
-    for name, preset in case.cls.presets.items(): make_method(case.name, preset=name)
+    for preset in case.cls.presets: make_method(case.name, preset=preset)
     return f"{len(fields(case.cls))} fields, {len(case.cls.presets)} presets"
 
 # %% ../nbs/check.ipynb #6c0887b3

@@ -16,7 +16,7 @@ from .core import UserError
 from .data.catalog import load, read_options
 from .distill import distill, peak_memory_mb
 from .evaluate import confusions
-from .methods.base import make_method
+from .methods.base import expand, make_method
 from .store import (
     append_event, load_state, load_tensors, lock, read_json, save_state, save_tensors, truncate_events, write_json)
 from .synset import load_synset, save_synset
@@ -42,7 +42,8 @@ class RunConfig:
 # %% ../nbs/runs.ipynb #e6b8e579
 def make_config(dataset, method, ipc=1, steps=100, seed=0, data=None, options=None, bf16=False):
     "A checked `RunConfig`: text from a shell and numbers from a widget come to the same types, hence to the same run."
-    made, options = make_method(method, **(options or {})), options or {}
+    options = expand(method, options or {})
+    made = make_method(method, **options)
     return RunConfig(dataset, method, ipc, steps, seed, read_options(dataset, data or {}),
                      {name: getattr(made, name) for name in options}, bf16)
 

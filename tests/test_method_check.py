@@ -66,7 +66,7 @@ def test_a_field_without_help_or_range_is_found(registry):
 
 
 def test_presets_are_spelt_out_in_the_run(monkeypatch):
-    monkeypatch.setattr(methods()['dm'], 'presets', {'slow': dict(lr=.1, width=16)})
+    monkeypatch.setattr(methods()['dm'], 'presets', {'slow': dict(lr=.1, width=16, steps=7)})
     assert make_method('dm', preset='slow', width=8).lr == .1
     config = make_config('soundshapes', 'dm', options=dict(preset='slow', width='8'))
     assert config.options == dict(lr=.1, width=8)
