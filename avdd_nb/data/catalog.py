@@ -54,7 +54,15 @@ SOURCES = {s.name: s for s in (
            'avdd_nb.data.avmnist:check', 'CC BY-SA 3.0 (MNIST), CC BY-SA 4.0 (FSDD)'),
     Source('videos', 'avdd_nb.data.videos:load', 'your own video files: the frame and the sound of one second',
            'a folder class/clip.mp4 (mkv, webm, mov, avi), given as folder=… or as videos/ in the data root',
-           'avdd_nb.data.videos:check', 'that of your files'))}
+           'avdd_nb.data.videos:check', 'that of your files'),
+    *(Source(name, f'avdd_nb.data.released:{name}', about,
+             'the files that AVDD released: hf download --repo-type dataset sakshamsingh1/AVDD_data --local-dir '
+             '$AVDD_DATA/AVDD_data', f'avdd_nb.data.released:check_{name}', 'that of the videos; see the data set')
+      for name, about in dict(
+          vggs10k='one second of sound and a frame; 10 classes of VGGSound; 8,808 + 444 pairs (7 GB)',
+          ave='one second of sound and a frame; 28 events; 27,726 + 3,305 pairs (19 GB)',
+          music21='one second of sound and a frame; 21 instruments; 146,908 + 42,440 pairs (130 GB)',
+          vggsound='one second of sound and a frame; 309 classes; 165,000 + 13,000 pairs (110 GB)').items()))}
 
 # %% ../../nbs/data/catalog.ipynb #a1855073
 def listing(root=None):
