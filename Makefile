@@ -19,7 +19,7 @@ test pictures: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = Agg
 test: export SLOW := $(SLOW)
 
-.PHONY: help demo lab test export readme pictures bench constraints clean
+.PHONY: help demo lab test export readme pictures bench tables constraints clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s%s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ pictures: $(VENV)/.installed-dev  ## run the notebooks and keep small pictures i
 
 bench: $(VENV)/.installed  ## seconds a step: the published loop and ours
 	$(BIN)/python benchmarks/distill_step.py
+
+tables: $(VENV)/.installed  ## every table of the papers at its tiny scale, with the time of each (about 20 minutes)
+	$(BIN)/avdd sweep nbs/sweeps/tables.yaml --out runs/tables --workers 1
 
 constraints: $(VENV)/.installed-dev  ## write the versions of this environment into constraints.txt
 	$(BIN)/python -m avdd_nb.dev constraints

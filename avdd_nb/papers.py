@@ -6,13 +6,13 @@
 __all__ = ['PAPERS', 'PROTOCOLS', 'WORDS', 'SAME', 'KEYS', 'NONE', 'results_path', 'paper_results', 'plain', 'paper_rows',
            'differs', 'beside']
 
-# %% ../nbs/papers.ipynb #3785f281
+# %% ../nbs/papers.ipynb #358c455d
 import functools, re
 from pathlib import Path
 import avdd_nb
 from .core import UserError, choose, need
 
-# %% ../nbs/papers.ipynb #5808fc61
+# %% ../nbs/papers.ipynb #812fd77f
 PAPERS = {'AVDD': 'Audio-Visual Dataset Distillation (TMLR 2024)',
           'ImageBindDC': 'ImageBindDC (AAAI 2026)',
           'MDM': 'Multimodal Distribution Matching (CVPR 2026)'}
@@ -23,7 +23,7 @@ def results_path():
     if path.exists(): return path
     raise UserError(f"{path} is not there: the papers' figures come with a clone of the project, not with the package.")
 
-# %% ../nbs/papers.ipynb #50f0a0a6
+# %% ../nbs/papers.ipynb #30a18c48
 @functools.cache
 def _read():
     frame = need('pandas').read_csv(results_path(), dtype=str, keep_default_na=False)
@@ -34,12 +34,12 @@ def paper_results():
     "All figures as a pandas frame: paper, table, dataset, method, modality, fusion, ipc, arch, …, metric, mean, std."
     return _read().copy()
 
-# %% ../nbs/papers.ipynb #2864748e
+# %% ../nbs/papers.ipynb #fce7259b
 def plain(name):
     "A name as names are compared: lower case, letters, digits and points only."
     return re.sub(r'[^a-z0-9.]+', '', str(name).lower())
 
-# %% ../nbs/papers.ipynb #38ab5ac0
+# %% ../nbs/papers.ipynb #26459a45
 def paper_rows(paper, table=None, **where):
     """The figures of a `paper` (AVDD, ImageBindDC, MDM), of one `table` ('3', or 'ablation: loss terms').
 
@@ -55,11 +55,11 @@ def paper_rows(paper, table=None, **where):
         frame = frame[frame[column].isin(found)]
     return frame.reset_index(drop=True)
 
-# %% ../nbs/papers.ipynb #880019c7
-PROTOCOLS = {'AVDD': dict(steps=5000, width=128, epochs=30, n=3),
-             'ImageBindDC': dict(epochs=30, n=3),
-             'MDM': dict(steps=3000, epochs=100, n=5)}
-WORDS = dict(steps='{} steps', width='networks {} wide', epochs='{} epochs', n='n = {}')
+# %% ../nbs/papers.ipynb #cfef0537
+PROTOCOLS = {'AVDD': dict(steps=5000, width=128, epochs=30, runs=3),
+             'ImageBindDC': dict(epochs=30, runs=3),
+             'MDM': dict(steps=3000, epochs=100, runs=5)}
+WORDS = dict(steps='{} steps', width='networks {} wide', epochs='{} epochs', runs='{} runs')
 
 def differs(row, theirs):
     "What differs between our row and the paper's, in words: data set, steps, width, epochs, number of repeats."
@@ -68,11 +68,11 @@ def differs(row, theirs):
         found.append(f"{row['dataset']} instead of {theirs['dataset']}")
     for name, value in PROTOCOLS[theirs['paper']].items():
         mine = row.get(name)
-        if mine is None or mine != mine or mine == value or plain(theirs['ipc']) == 'full' and name != 'n': continue
+        if mine is None or mine != mine or mine == value or plain(theirs['ipc']) == 'full' and name != 'runs': continue
         found.append(f"{WORDS[name].format(int(mine))} instead of {value}")
     return '; '.join(found)
 
-# %% ../nbs/papers.ipynb #cd6591b9
+# %% ../nbs/papers.ipynb #a62fc757
 SAME = dict(modality={'audio': 'A', 'image': 'V'}, fusion={'mean': 'ensemble'},
             method={'Full dataset': 'whole data'}, ipc={'0': 'full'})
 KEYS = ('method', 'ipc', 'modality', 'fusion', 'arch', 'distilled_with', 'metric')
@@ -82,7 +82,7 @@ def _key(frame, columns):
     word = lambda c, v: plain(SAME.get(c, {}).get(str(v), v))
     return [' | '.join(word(c, row[c]) for c in columns) for row in frame.to_dict('records')]
 
-# %% ../nbs/papers.ipynb #79fe2867
+# %% ../nbs/papers.ipynb #fafd4207
 def beside(ours, paper):
     """`ours` with the paper's figure, the difference (ours − theirs) and what differs in the protocol, row by row.
 

@@ -6,7 +6,7 @@
 __all__ = ['ONE', 'WHOLE', 'WHOLE_LABEL', 'SET_BY_SWEEP', 'NAMES', 'read_grid', 'expand', 'page', 'page_parameters', 'Job',
            'make_jobs', 'save_plan', 'read_plan', 'job_folder', 'done', 'shape', 'estimates', 'forecast', 'duration']
 
-# %% ../../nbs/sweep/plan.ipynb #71fd6a9a
+# %% ../../nbs/sweep/plan.ipynb #6a969149
 import ast, dataclasses, hashlib, itertools, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from ..methods.base import methods
 from ..runs import make_config
 from ..store import lock, read_json, write_json
 
-# %% ../../nbs/sweep/plan.ipynb #370cc661
+# %% ../../nbs/sweep/plan.ipynb #aefe03e5
 def read_grid(source):
     "A list of grids (dicts) from a YAML or JSON file, a dict, or a list of dicts."
     if isinstance(source, (str, Path)):
@@ -31,7 +31,7 @@ def read_grid(source):
             raise UserError(f"A grid is a table of parameter: value or list of values, but this is {grid!r}.")
     return grids
 
-# %% ../../nbs/sweep/plan.ipynb #f7cc97c5
+# %% ../../nbs/sweep/plan.ipynb #10361283
 def expand(grid):
     "The points of one grid as a list of dicts: every combination of the lists, the first parameter slowest."
     def alternatives(value):
@@ -41,17 +41,19 @@ def expand(grid):
     values = [alternatives(v) for v in grid.values()]
     return [dict(zip(grid, point)) for point in itertools.product(*values)]
 
-# %% ../../nbs/sweep/plan.ipynb #1520c9ac
+# %% ../../nbs/sweep/plan.ipynb #73973a71
 def page(name):
     "The path of the notebook called `name` (a file of nbs/sweeps without its ending, or a path)."
     if str(name).endswith('.ipynb') and Path(name).exists(): return Path(name).resolve()
+    return choose(str(name).removesuffix('.ipynb'), _pages(), 'notebook of nbs/sweeps')
+
+def _pages():
     folder = Path(avdd_nb.__file__).resolve().parent.parent/'nbs'/'sweeps'
     there = {p.stem: p for p in sorted(folder.glob('*.ipynb'))}
-    if not there:
-        raise UserError(f"{folder} is not there: notebooks come with a clone of the project, not with the package.")
-    return choose(str(name).removesuffix('.ipynb'), there, 'notebook of nbs/sweeps')
+    if there: return there
+    raise UserError(f"{folder} is not there: notebooks come with a clone of the project, not with the package.")
 
-# %% ../../nbs/sweep/plan.ipynb #3d72d883
+# %% ../../nbs/sweep/plan.ipynb #98eb8ed0
 def page_parameters(path):
     "name → default of a notebook's cell that is tagged `parameters`."
     cells = read_json(path).get('cells', [])
@@ -61,7 +63,7 @@ def page_parameters(path):
     except SyntaxError as e: raise UserError(f"The parameters cell of {path} is not Python: {e}") from e
     return {line.targets[0].id: ast.literal_eval(line.value) for line in lines if isinstance(line, ast.Assign)}
 
-# %% ../../nbs/sweep/plan.ipynb #b0214aae
+# %% ../../nbs/sweep/plan.ipynb #8e75e776
 @dataclass
 class Job:
     """A notebook, its `parameters`, and the `identity`: the part of them (in full) that a result depends on.
@@ -95,7 +97,7 @@ def _hash(thing): return hashlib.sha256(json.dumps(thing, sort_keys=True).encode
 
 ONE, WHOLE = 'run_one', 'whole_data'
 
-# %% ../../nbs/sweep/plan.ipynb #e0430ca3
+# %% ../../nbs/sweep/plan.ipynb #62b7051a
 def _run_job(point, options):
     "The `Job` of one distillation and its evaluation."
     method = choose(point['method'], methods(), 'method')
@@ -108,7 +110,7 @@ def _run_job(point, options):
     identity = dict(run=asdict(config), protocol=asdict(_protocol(point)), seeds=point['seeds'])
     return Job(ONE, parameters, identity, run=config.hash)
 
-# %% ../../nbs/sweep/plan.ipynb #61c730aa
+# %% ../../nbs/sweep/plan.ipynb #abf3d28b
 def _whole_job(point):
     "The `Job` that measures the whole data under the same protocol."
     config = make_config(point['dataset'], 'random', data=point['data_options'])
@@ -121,7 +123,7 @@ WHOLE_LABEL = 'whole data'
 
 def _protocol(point): return make_protocol(point['protocol'], **point['protocol_options'])
 
-# %% ../../nbs/sweep/plan.ipynb #c00c7ab3
+# %% ../../nbs/sweep/plan.ipynb #2dee2c82
 SET_BY_SWEEP = ('out', 'runs', 'baselines', 'quick', 'data_root')
 NAMES = ('notebook', 'label')
 
@@ -137,7 +139,7 @@ def _check_names(grid, defaults):
 
 def _as_list(x): return x if isinstance(x, list) else [x]
 
-# %% ../../nbs/sweep/plan.ipynb #a4388fca
+# %% ../../nbs/sweep/plan.ipynb #cd4fa62e
 def _jobs_of(grid):
     "The jobs of one grid."
     notebook = grid.get('notebook', ONE)
@@ -159,9 +161,10 @@ def _page_job(path, point, defaults):
     label = point.pop('label')
     for name in point: choose(name, [k for k in defaults if k not in SET_BY_SWEEP], f"parameter of {path.name}")
     full = {k: v for k, v in (defaults | point).items() if k not in SET_BY_SWEEP}
-    return Job(str(path), full, full, label)
+    name = path.stem if _pages().get(path.stem) == path else str(path)
+    return Job(name, full, full, label)
 
-# %% ../../nbs/sweep/plan.ipynb #009629fb
+# %% ../../nbs/sweep/plan.ipynb #583afac9
 def _with_baselines(jobs):
     "The jobs, each followed by the random one of its budget and seed, and by that of the whole data."
     for job in jobs:
@@ -171,7 +174,7 @@ def _with_baselines(jobs):
         yield dataclasses.replace(_run_job(p | dict(method='random', method_options={}), {}), label='random')
         yield _whole_job(p)
 
-# %% ../../nbs/sweep/plan.ipynb #24ea79ca
+# %% ../../nbs/sweep/plan.ipynb #814eb534
 def make_jobs(source, baselines=True):
     "The `Job`s of a grid (see `read_grid`), each once, in order; mistakes are a `UserError`, before anything starts."
     jobs = [job for grid in read_grid(source) for job in _jobs_of(grid)]
@@ -180,7 +183,7 @@ def make_jobs(source, baselines=True):
         if not any(name == job.name for name, _ in found): found[job.name, job.label] = job
     return list(found.values())
 
-# %% ../../nbs/sweep/plan.ipynb #9020c883
+# %% ../../nbs/sweep/plan.ipynb #c690c16f
 def save_plan(jobs, folder):
     "Writes `jobs` into the plan of `folder`, beside those that are there; all of them are given back."
     path = Path(folder)/'plan.json'
@@ -197,7 +200,7 @@ def read_plan(folder):
     try: return [Job(**job) for job in read_json(path)['jobs']]
     except (KeyError, TypeError): raise UserError(f"{path} is not a plan of this library: restore it.") from None
 
-# %% ../../nbs/sweep/plan.ipynb #10c5202e
+# %% ../../nbs/sweep/plan.ipynb #5e32b380
 def job_folder(folder, job):
     "Where a job keeps its notebook, log, events, rows and marker."
     return Path(folder)/'jobs'/job.name
@@ -207,7 +210,7 @@ def done(folder, job):
     path = job_folder(folder, job)/'done.json'
     return read_json(path) if path.exists() else None
 
-# %% ../../nbs/sweep/plan.ipynb #4775d7ee
+# %% ../../nbs/sweep/plan.ipynb #ae1b8ffc
 def shape(job):
     "The job's identity without its seed, as text."
     run = {k: v for k, v in job.identity.get('run', {}).items() if k != 'seed'}
@@ -221,7 +224,7 @@ def estimates(jobs, folder):
     mean = {s: sum(x)/len(x) for s, x in known.items()}
     return {job.name: mean.get(shape(job)) for job in jobs}
 
-# %% ../../nbs/sweep/plan.ipynb #8b3b8d12
+# %% ../../nbs/sweep/plan.ipynb #ab0fd536
 def forecast(jobs, folder, workers=1):
     "One sentence: how many jobs there are, how many are done, and how long the rest will take on `workers` workers."
     jobs = list({j.name: j for j in jobs}.values())

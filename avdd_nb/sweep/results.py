@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'SETTING', 'PLACE', 'gather', 'summary', 'paired', 'significance', 'compare']
 
-# %% ../../nbs/sweep/results.ipynb #e6ecb686
+# %% ../../nbs/sweep/results.ipynb #ca48a958
 import io, json
 from pathlib import Path
 from ..core import UserError, need
@@ -13,7 +13,7 @@ from ..store import atomic_write, manifest_path, read_json
 from .job import run_folder
 from .plan import done, job_folder, read_plan
 
-# %% ../../nbs/sweep/results.ipynb #d18cf2f3
+# %% ../../nbs/sweep/results.ipynb #0557be92
 def _run_facts(folder, job):
     "What the run folder says: data hash, seconds and memory of the distillation."
     here = run_folder(folder, job)
@@ -26,7 +26,7 @@ def _settings(job):
     return dict(dataset=run.get('dataset', ''), data=text(run.get('data', {})), steps=run.get('steps', 0),
                 seed=run.get('seed', 0), options=text(run.get('options', {})), bf16=run.get('bf16', False))
 
-# %% ../../nbs/sweep/results.ipynb #49f6e894
+# %% ../../nbs/sweep/results.ipynb #3bb28227
 MEASURES = dict(accuracy='accuracy_pct')
 
 def _numbers(row):
@@ -47,13 +47,14 @@ def _rows_of(folder, job):
             seeds = dict(eval_seed=row.get('seed', 0), eval_seconds=row.get('seconds'))
             yield dict(label=job.label) | facts | kept | seeds | dict(metric=metric, value=value) | origin
 
-# %% ../../nbs/sweep/results.ipynb #1572f634
-def gather(folder):
+# %% ../../nbs/sweep/results.ipynb #ba616749
+def gather(folder, jobs=None):
     """A frame of all numbers that the sweep in `folder` has so far, also written to results.csv and results.parquet.
 
     Columns: label, settings, data_hash, protocol and its digest, seeds, metric, value, time, memory, versions, commit.
+    jobs: only these (default: the whole plan).
     """
-    rows = [row for job in read_plan(folder) for row in _rows_of(folder, job)]
+    rows = [row for job in jobs or read_plan(folder) for row in _rows_of(folder, job)]
     if not rows: raise UserError(f"No job of {folder} is done yet: run it with avdd sweep {folder}.")
     frame, binary = need('pandas').DataFrame(rows), io.BytesIO()
     atomic_write(Path(folder)/'results.csv', frame.to_csv(index=False))
@@ -62,9 +63,9 @@ def gather(folder):
     atomic_write(Path(folder)/'results.parquet', binary.getvalue())
     return frame
 
-# %% ../../nbs/sweep/results.ipynb #b0b987cc
+# %% ../../nbs/sweep/results.ipynb #780847e0
 SETTING = ('label', 'dataset', 'data', 'data_hash', 'ipc', 'steps', 'options', 'bf16', 'protocol', 'digest', 'arch',
-           'width', 'epochs', 'n_train', 'modality', 'fusion', 'metric')
+           'head', 'width', 'epochs', 'n_train', 'modality', 'fusion', 'metric')
 
 def summary(frame):
     "One row per setting: mean, std (NaN for one number), n, runs, seconds and peak memory of a distillation."
@@ -74,8 +75,8 @@ def summary(frame):
         seconds=('seconds', 'mean'), memory_mb=('memory_mb', 'max'))
     return found.reset_index()
 
-# %% ../../nbs/sweep/results.ipynb #1883d1f1
-PLACE = ('dataset', 'data', 'data_hash', 'ipc', 'protocol', 'digest', 'arch', 'modality', 'fusion', 'metric')
+# %% ../../nbs/sweep/results.ipynb #9395402c
+PLACE = ('dataset', 'data', 'data_hash', 'ipc', 'protocol', 'digest', 'arch', 'head', 'modality', 'fusion', 'metric')
 
 def _by_seed(rows):
     unit = 'seed' if rows.seed.nunique() > 1 else 'eval_seed'
@@ -91,7 +92,7 @@ def paired(a, b):
     low, high = test.confidence_interval(.95)
     return found | dict(low=low, high=high, p=test.pvalue)
 
-# %% ../../nbs/sweep/results.ipynb #c55e80d0
+# %% ../../nbs/sweep/results.ipynb #b368f76a
 def significance(frame, against='random'):
     "`paired` of every label against one of them, in every place that both were measured; a frame."
     keys, rows = [k for k in PLACE if k in frame], []
@@ -105,7 +106,7 @@ def significance(frame, against='random'):
                     rows.append(dict(zip(keys, place)) | what | paired(setting, base))
     return need('pandas').DataFrame(rows)
 
-# %% ../../nbs/sweep/results.ipynb #758d9d18
+# %% ../../nbs/sweep/results.ipynb #1b8c4427
 def compare(a, b):
     "A frame over all settings of two gathered sweeps: both means, the paired difference b − a, or where it is missing."
     keys, rows = [k for k in (*PLACE, 'label', 'options', 'steps', 'bf16') if k in a and k in b], []
