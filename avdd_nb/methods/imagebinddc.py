@@ -75,7 +75,7 @@ class ImageBindDC(Matching):
     "Uni-, cross- and joint-modal alignment in an encoder's space. Source: ImageBindDC (AAAI 2026); weights: its code."
     init: str = hp('herding', choices=list(coreset.SELECTORS), help="which real pairs to start from")
     encoder: str = hp('joint', choices=['convnet', *NETWORKS], help="whose space; 'convnet': a random one at each draw")
-    mode: str = hp('paper', choices=list(FORMS), help="cross and joint term as written, or as the released code has them")
+    mode: str = hp('paper', choices=list(FORMS), help="cross and joint term as written, or as in the code")
     lam_uni: float = hp(1., 0, 1000, "weight of the uni-modal term")
     lam_cross: float = hp(10., 0, 1000, "weight of the cross-modal term")
     lam_joint: float = hp(10., 0, 1000, "weight of the joint-modal term")

@@ -6,7 +6,6 @@
 __all__ = ['AGES', 'BankRecipe', 'bank_entry', 'back_to_random', 'PretrainedBank']
 
 # %% ../../nbs/nets/bank.ipynb #5aad74c8
-import hashlib, json
 from dataclasses import asdict, dataclass
 import torch
 from ..core import UserError, hp, rng, seed_of
@@ -30,11 +29,6 @@ class BankRecipe:
     def age(self, p):
         "Epochs that entry `p` is trained for."
         return max(1, round(self.epochs*AGES[p % len(AGES)]))
-
-    @property
-    def digest(self):
-        "8 hex characters that name this recipe."
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
 
 # %% ../../nbs/nets/bank.ipynb #1e4639fa
 def _train(data, recipe, p):
@@ -80,6 +74,7 @@ class PretrainedBank:
     def draw(self, data, *stream):
         "modality → frozen network: the entry and the share are those of the seed stream."
         gen = rng(*stream, 'entry')
-        p, share = torch.randint(self.recipe.pairs, (), generator=gen).item(), torch.rand((), generator=gen).item()*self.mix
+        p = torch.randint(self.recipe.pairs, (), generator=gen).item()
+        share = torch.rand((), generator=gen).item()*self.mix
         nets = bank_entry(data, self.recipe, p)
         return back_to_random(nets, data.modalities, self.recipe.width, share, *stream) if self.mix else nets

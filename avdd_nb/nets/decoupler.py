@@ -111,7 +111,7 @@ def decoupler(data, nets, bank, p, recipe):
 
 # %% ../../nbs/nets/decoupler.ipynb #e1613a17
 class Halves(nn.Module):
-    "x (N, *shape) → [common, private] (N, 2·size), through bank entry number `entry`; without `side`, the unit feature twice."
+    "x (N, *shape) → [common, private] (N, 2·size) through bank entry `entry`; no `side`: the unit feature twice."
     def __init__(self, net, side, entry):
         super().__init__()
         self.net, self.side, self.entry = net, side, entry
