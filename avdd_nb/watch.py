@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'LOOK', 'clock', 'in_words', 'Curves', 'now_html', 'say', 'with_still', 'shell_line', 'Watch',
            'finished_runs', 'side_by_side_html', 'watch']
 
-# %% ../nbs/watch.ipynb #58131f2a
+# %% ../nbs/watch.ipynb #dba79af6
 import base64, math, shlex, threading, time
 from pathlib import Path
 import ipywidgets as W
@@ -16,7 +16,7 @@ from .store import read_json
 from .views.page import esc
 from .views.picture import data_uri, png_of_array
 
-# %% ../nbs/watch.ipynb #907ea37c
+# %% ../nbs/watch.ipynb #d37f42fd
 def clock(seconds):
     "Seconds in words: '8 s', '3 min 20 s', '2 h 5 min'; '' for NaN."
     if math.isnan(seconds): return ''
@@ -36,7 +36,7 @@ def in_words(at):
     memory = f'{at.memory_mb:,.0f} MB' if at.memory_mb and at.step else ''
     return ' · '.join(filter(None, [WORDS[at.phase], step, loss, time_, left, memory, at.reason]))
 
-# %% ../nbs/watch.ipynb #e5778731
+# %% ../nbs/watch.ipynb #3e572584
 class Curves(W.Box):
     "The loss and its terms of a run, live: `draw(events)` with all events so far."
     def __init__(self, width=560):
@@ -64,32 +64,36 @@ class Curves(W.Box):
         base.update_layout(width=self.width, height=380, uirevision='stay')
         self.children = [go.FigureWidget(base)]
 
-# %% ../nbs/watch.ipynb #e9ba2ea1
+# %% ../nbs/watch.ipynb #7ab88995
 def now_html(start, now, step, per_class=2, max_classes=10, height=44, gap=4):
     "HTML of the first pairs of each class at the start and `now` (`SyntheticSet`), with class names, and alt text."
     from avdd_nb.views import grid
     names = start.classes[:max_classes] if start.classes else ['']
-    groups = [(f'{head}\n{m}', rows) for m, head, rows in _rows({'start': start, f'step {step}': now}, per_class, names)]
+    states = {'start': start, f'step {step}': now}
+    groups = [(f'{head}\n{m}', rows) for m, head, rows in _rows(states, per_class, names)]
     if not groups: return ''
     mosaic, centres = grid.compose(groups, height, gap)
     heads = {(head, a, b): None for *_, head, _, a, b in centres}
     top = ''.join(f'<span style="left:{a}px;width:{b - a}px">{esc(h)}</span>' for h, a, b in heads)
     side = ''.join(f'<span style="height:{height + gap}px" title="{esc(n)}">{esc(n)}</span>' for n in names)
     words = f'pairs of {len(names)} classes, at the start and after step {step}'
-    return (f'<div class="avdd-now"><div class="avdd-names">{side}</div><div><div class="avdd-heads">{top}</div><img '
-            f'width="{mosaic.shape[1]}" alt="{esc(words)}" src="{data_uri(png_of_array(mosaic), "image/png")}"></div></div>')
+    return (f'<div class="avdd-now"><div class="avdd-names">{side}</div><div><div class="avdd-heads">{top}</div>'
+            f'<img width="{mosaic.shape[1]}" alt="{esc(words)}" src="{data_uri(png_of_array(mosaic), "image/png")}">'
+            '</div></div>')
 
 def _rows(states, per_class, names):
     "(modality, state's name, list over classes of painted cells) for every modality that can be drawn."
     from avdd_nb.views import grid
-    try: specs, cut = grid.drawable(states['start']), {h: grid.cells(s, per_class, False, len(names)) for h, s in states.items()}
-    except UserError: return
     import torch
+    try:
+        specs = grid.drawable(states['start'])
+        cut = {head: grid.cells(s, per_class, False, len(names)) for head, s in states.items()}
+    except UserError: return
     for m, spec in specs.items():
         limits = grid.range_of(spec.denormalise(torch.cat(cut['start'][m]).float()))
         for head, by in cut.items(): yield m, head, [list(grid.paint(x.detach(), spec, limits)) for x in by[m]]
 
-# %% ../nbs/watch.ipynb #6bb74023
+# %% ../nbs/watch.ipynb #0060e371
 LOOK = """<style>
 .avdd-help { font-size: 12px; line-height: 1.3; opacity: .75; white-space: normal; }
 .avdd-title { font-size: 16px; font-weight: 600; margin: 2px 0; overflow-wrap: anywhere; line-height: 1.4; }
@@ -115,13 +119,13 @@ def say(text, kind=''):
     "HTML of one line of news that a screen reader speaks when it changes; `kind` colours it (see LOOK)."
     return f'<div class="avdd-say {esc(kind)}" role="status" aria-live="polite">{esc(text)}</div>' if text else ''
 
-# %% ../nbs/watch.ipynb #2c5e65a0
+# %% ../nbs/watch.ipynb #1b6461db
 def with_still(bundle, still):
     "The mime bundle of a widget with a picture (PNG bytes, words) beside it."
     png, alt = still
     return bundle | {'text/plain': alt} | ({'image/png': base64.b64encode(png).decode()} if png else {})
 
-# %% ../nbs/watch.ipynb #370566ea
+# %% ../nbs/watch.ipynb #521bcfee
 def shell_line(run):
     "The command that makes, or goes on with, the run in this folder."
     c = read_json(Path(run)/'config.json')['run']
@@ -132,7 +136,7 @@ def shell_line(run):
     return ' '.join(['avdd distill', *given, *(['--bf16'] if c.get('bf16') else []), f'--out {shlex.quote(str(run))}',
                      '--resume'])
 
-# %% ../nbs/watch.ipynb #958016a4
+# %% ../nbs/watch.ipynb #1d00ea17
 class Watch(W.VBox):
     """A live view of the run in folder `run` (None: none yet), with Stop, Resume, Evaluate, Save and Compare.
 
@@ -159,25 +163,30 @@ class Watch(W.VBox):
         self.keep_looking()
         return self
 
-    def _repr_mimebundle_(self, **kw):
-        return with_still(super()._repr_mimebundle_(**kw), self.still())
+# %% ../nbs/watch.ipynb #ea77199a
+@patch
+def _repr_mimebundle_(self: Watch, **kw):
+    return with_still(W.VBox._repr_mimebundle_(self, **kw), self.still())
 
-    def still(self):
-        "PNG bytes and words for readers of a saved notebook: the loss so far."
-        from avdd_nb.views.curves import loss_curves
-        if not self._events: return b'', 'a run that has no steps'
-        curves = loss_curves(self._events)
-        return curves.png, f'{self.run.name}: {curves.alt}'
+@patch
+def still(self: Watch):
+    "PNG bytes and words for readers of a saved notebook: the loss so far."
+    from avdd_nb.views.curves import loss_curves
+    if not self._events: return b'', 'a run that has no steps'
+    curves = loss_curves(self._events)
+    return curves.png, f'{self.run.name}: {curves.alt}'
 
-    def keep_looking(self):
-        "Begins to look regularly, if nobody does."
-        if self.run and not (self._thread and self._thread.is_alive()):
-            self._thread = threading.Thread(target=self._look_on, daemon=True)
-            self._thread.start()
+@patch
+def keep_looking(self: Watch):
+    "Begins to look regularly, if nobody does."
+    if self.run and not (self._thread and self._thread.is_alive()):
+        self._thread = threading.Thread(target=self._look_on, daemon=True)
+        self._thread.start()
 
-# %% ../nbs/watch.ipynb #2c8060ce
+# %% ../nbs/watch.ipynb #15985758
 def _button(text, tip, call, **look):
-    made = W.Button(description=text, tooltip=tip, disabled=True, layout=W.Layout(width='auto', min_width='5.5em'), **look)
+    made = W.Button(description=text, tooltip=tip, disabled=True, layout=W.Layout(width='auto', min_width='5.5em'),
+                    **look)
     made.on_click(lambda _: call())
     return made
 
@@ -189,11 +198,12 @@ def _widgets(self: Watch, before):
     self.resume = _button('Resume', 'Go on from the last checkpoint, to the same bits', self._resume, icon='play')
     self.evaluate = _button('Evaluate', 'Train networks on the synthetic set and score them on real test data',
                             self._evaluate, icon='check')
-    self.save = _button('Save', 'Write a report as one HTML file, and offer the set for download', self._save, icon='save')
-    self.compare = _button('Compare', 'Put other finished runs beside this one', self._compare, icon='columns')
+    self.save = _button('Save', 'Write a report as one HTML file, and offer the set for download', self._save,
+                        icon='save')
+    self.compare = _button('Compare', 'Put other finished runs beside this one', self._beside, icon='columns')
     row = W.Layout(display='flex', flex_flow='row wrap', width='100%', overflow='visible')
     self.buttons = W.Box([*before, self.stop, self.resume, self.evaluate, self.save, self.compare], layout=row)
-    self.bar = W.FloatProgress(value=0, max=1, description='', bar_style='info', layout=W.Layout(width='100%', height='14px'))
+    self.bar = W.FloatProgress(value=0, max=1, bar_style='info', layout=W.Layout(width='100%', height='14px'))
     self.curves = Curves()
     self.pictures = W.HTML(layout=W.Layout(flex='1 1 300px', min_width='280px', max_width='100%', overflow='auto'))
     self.side = W.Box([self.curves, self.pictures], layout=row)
@@ -201,7 +211,7 @@ def _widgets(self: Watch, before):
     self.others, self.logs = W.VBox([]), W.HTML()
     self.more = W.Accordion([self.logs], titles=('Log and command',))
 
-# %% ../nbs/watch.ipynb #4c4e4f85
+# %% ../nbs/watch.ipynb #0d5ec804
 @patch
 def refresh(self: Watch):
     "Looks at the folder once and shows what has changed. Returns whether something is at work there."
@@ -241,7 +251,7 @@ def _look_on(self: Watch):
     time.sleep(.5)
     self.refresh()
 
-# %% ../nbs/watch.ipynb #70bafa88
+# %% ../nbs/watch.ipynb #00eed3a4
 @patch
 def _show_standing(self: Watch, at, jobs_):
     self.title.value = f'<div class="avdd-title">{esc(self.run.name)}</div>'
@@ -257,9 +267,14 @@ def _show_standing(self: Watch, at, jobs_):
     self.bar.value, self.bar.bar_style = (busy.step/busy.steps if busy.steps else 0), _COLOUR.get(busy.phase, 'info')
     done, live = at.phase == 'done', any(j.live for j in jobs_.values())
     for button, on in ((self.stop, at.live or live), (self.resume, at.phase in ('stopped', 'failed')),
-                       (self.evaluate, done and not jobs_['evaluate'].live), (self.save, done and not jobs_['report'].live),
-                       (self.compare, done)):
+                       (self.evaluate, done and not jobs_['evaluate'].live),
+                       (self.save, done and not jobs_['report'].live), (self.compare, done)):
         button.disabled = not on
+    self._show_log()
+
+@patch
+def _show_log(self: Watch):
+    "The command that does the same, and what the jobs have printed."
     kinds = [k for k in jobs.WORK if jobs.log_text(self.run, k)]
     texts = [f'$ {shell_line(self.run)}'] if (self.run/'config.json').exists() else []
     texts += [f'[{k}]\n{jobs.log_text(self.run, k)}' for k in kinds]
@@ -267,6 +282,7 @@ def _show_standing(self: Watch, at, jobs_):
 
 _COLOUR = dict(done='success', failed='danger', stopped='warning')
 
+# %% ../nbs/watch.ipynb #671396f4
 @patch
 def _show_progress(self: Watch, at):
     "New events into the curves; a new checkpoint into the pictures."
@@ -284,7 +300,7 @@ def _show_pictures(self: Watch):
     now, step = as_it_stands(self.run)
     self.pictures.value = now_html(self._start, now, step)
 
-# %% ../nbs/watch.ipynb #1caeb190
+# %% ../nbs/watch.ipynb #db1174ce
 @patch
 def _show_results(self: Watch):
     from avdd_nb.report import table_html
@@ -292,7 +308,8 @@ def _show_results(self: Watch):
     rows = [row for path in sorted(self.run.glob('evaluation-*.json')) for row in read_json(path)]
     if not rows: return
     frame = accuracy_frame(_by_method(rows))
-    tables = ''.join(table_html(t, f'test accuracy in percent, protocol {p}') for p, t in accuracy_tables(frame).items())
+    tables = accuracy_tables(frame).items()
+    tables = ''.join(table_html(t, f'test accuracy in percent, protocol {p}') for p, t in tables)
     self.results.value = f'<div class="avdd-table">{tables}</div>{_plots(frame)}'
 
 def _by_method(rows, name=None):
@@ -305,7 +322,12 @@ def _plots(frame):
     "Mean and spread of every protocol as a still."
     from avdd_nb.views.curves import accuracy_plot
     shown = [accuracy_plot(frame, p) for p in frame['protocol'].unique()]
-    return ''.join(f'<img style="max-width:100%" alt="{esc(p.alt)}" src="{data_uri(p.png, "image/png")}">' for p in shown)
+    return ''.join(map(still_html, shown))
+
+def still_html(picture):
+    "A `Picture`'s still as an image that fits its place."
+    uri = data_uri(picture.png, 'image/png')
+    return f'<img style="max-width:100%" alt="{esc(picture.alt)}" src="{uri}">'
 
 @patch
 def _show_look(self: Watch):
@@ -315,7 +337,7 @@ def _show_look(self: Watch):
     bundle.pop('image/png', None)
     self.look.outputs = ({'output_type': 'display_data', 'data': bundle, 'metadata': {}},)
 
-# %% ../nbs/watch.ipynb #e83578a1
+# %% ../nbs/watch.ipynb #82234cb4
 @patch
 def _do(self: Watch, work):
     "Does `work`, tells its sentence if it fails, and looks on."
@@ -339,6 +361,7 @@ def _resume(self: Watch):
         jobs.start(self.run, config=config, root=self.root and str(self.root), device=self.device)
     self._do(work)
 
+# %% ../nbs/watch.ipynb #2861d794
 @patch
 def _evaluate(self: Watch):
     what = dict(root=self.root and str(self.root), device=self.device)
@@ -361,7 +384,7 @@ def download_html(path, limit_mb=20):
     uri = data_uri(path.read_bytes(), 'application/octet-stream')
     return f'<a download="{esc(path.parent.name)}.safetensors" href="{uri}">Download the synthetic set</a>'
 
-# %% ../nbs/watch.ipynb #f8e378d0
+# %% ../nbs/watch.ipynb #950b78b9
 def finished_runs(folder=None):
     "Folders of finished runs in `folder` (default: `runs_dir()`), the newest first."
     folder = Path(folder or jobs.runs_dir())
@@ -369,25 +392,16 @@ def finished_runs(folder=None):
     return sorted(done, key=lambda p: (p/'done.json').stat().st_mtime, reverse=True)
 
 def side_by_side_html(runs):
-    "HTML: accuracy of several runs, where they were evaluated, and their loss curves."
-    from avdd_nb.report import table_html
-    from avdd_nb.views.curves import accuracy_frame, accuracy_tables, compare_losses
-    mine = lambda run: [r for p in sorted(run.glob('evaluation-*.json')) for r in read_json(p)]
-    method = lambda run: read_json(run/'config.json')['run']['method']
-    rows = {run.name: [r for r in mine(run) if r['method'] == method(run)] for run in runs}
-    rows = {name: r for name, r in rows.items() if r}
-    frame = accuracy_frame(rows) if rows else None
-    tables = '' if frame is None else ''.join(table_html(t, f'protocol {p}') for p, t in accuracy_tables(frame).items())
-    learnt = {run.name: run for run in runs if (run/'events.jsonl').exists()}
-    curves = compare_losses(learnt) if learnt else None
-    still = f'<img style="max-width:100%" alt="{esc(curves.alt)}" src="{data_uri(curves.png, "image/png")}">' if curves else ''
-    silent = [run.name for run in runs if run.name not in rows]
-    note = say(f'Not evaluated yet: {", ".join(silent)}.') if silent else ''
-    return f'<div class="avdd-table">{tables}</div>{note}{"" if frame is None else _plots(frame)}{still}'
+    "HTML: losses and accuracies of several runs as stills, and which of them were not evaluated yet."
+    from avdd_nb.views.compare import compare_runs
+    pictures = compare_runs(runs, pieces=('loss', 'accuracy'))
+    stills = ''.join(f'<h4>{esc(name)}</h4>{still_html(p)}' for name, p in pictures.items())
+    silent = [run.name for run in runs if not list(run.glob('evaluation-*.json'))]
+    return stills + (say(f'Not evaluated yet: {", ".join(silent)}.') if silent else '')
 
-# %% ../nbs/watch.ipynb #38db191e
+# %% ../nbs/watch.ipynb #e738bf5d
 @patch
-def _compare(self: Watch):
+def _beside(self: Watch):
     "Opens the comparison, or closes it."
     if self.others.children:
         self.others.children = []
@@ -402,7 +416,7 @@ def _compare(self: Watch):
     show()
     self.others.children = [choice, shown]
 
-# %% ../nbs/watch.ipynb #4a656f80
+# %% ../nbs/watch.ipynb #7b172887
 def watch(run, root=None, device='cpu'):
     "A live view of the run in this folder, at work or finished, whoever started it. Open it as often as you like."
     if not (Path(run)/'config.json').exists() and not (Path(run)/'.job').exists():
