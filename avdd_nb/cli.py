@@ -74,7 +74,7 @@ def distill(dataset: Dataset = 'soundshapes', method: Method = 'avdd', ipc: Budg
     config = make_config(dataset, method, ipc, steps, seed, pairs(data, '--data'), pairs(set_, '--set'), bf16)
     out = out or Path('runs')/f"{dataset}-{method}-{config.hash}"
     with tqdm(total=steps, desc=f"{method} on {dataset}", unit='step', mininterval=.5, delay=.1) as bar:
-        for progress in run(config, out, data_root, check_device(device), resume):
+        for progress in run(config, out, data_root, check_device(device), resume, tell=bar.write):
             bar.update(progress.step - bar.n)
             bar.set_postfix(loss=f"{progress.loss:.4g}", refresh=False)
     print(f"The synthetic set lies in {out}. Next: avdd evaluate {out}")

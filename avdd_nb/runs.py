@@ -118,12 +118,14 @@ def snapshot_path(out, step):
     return Path(out)/'snapshots'/f'{step:08d}.safetensors'
 
 # %% ../nbs/runs.ipynb #9ff0f992
-def run(config, out, root=None, device='cpu', resume=True, checkpoint_every=30., splits=None, snapshots=SNAPSHOTS):
+def run(config, out, root=None, device='cpu', resume=True, checkpoint_every=30., splits=None, snapshots=SNAPSHOTS,
+        tell=None):
     """Runs `config` in the folder `out`: yields a `Progress` per step; writes events, checkpoints, result, done-marker.
 
     A finished run yields nothing. Closing the generator (or Ctrl-C) writes a checkpoint; `checkpoint_every` seconds.
     root: data root; splits: the data, if already loaded; snapshots: how many small ones are kept for the time-lapse.
-    Raises `UserError` for bad input, for a folder that holds another run, and for one that is running.
+    tell: called with a sentence on memory before the first step. Raises `UserError` for bad input, for a folder that
+    holds another run, for one that is running, and where memory is short.
     """
     method = make_method(config.method, **config.options)
     if splits is None: read_options(config.dataset, config.data)
@@ -136,7 +138,9 @@ def run(config, out, root=None, device='cpu', resume=True, checkpoint_every=30.,
             syn = method.begin(data, config.ipc, config.seed).to(device)
         if not (out/'initial.safetensors.json').exists(): save_synset(syn, out/'initial.safetensors')
         loop = _learn(config, method, data, syn, out, checkpoint_every, snapshots) if method.learns else _nothing()
-        seconds = yield from loop
+        if tell and method.learns: tell(method.forecast(syn))
+        with _memory_advice(method, syn): seconds = yield from loop
+        for name in method.scratch: syn.extras.pop(name, None)
         _finish(config, syn, out, seconds)
 
 # %% ../nbs/runs.ipynb #e6bc96a7
@@ -147,6 +151,16 @@ def _claim(out):
     except UserError:
         if not (out/'initial.safetensors.json').exists(): (out/'config.json').unlink(missing_ok=True)
         raise
+
+@contextlib.contextmanager
+def _memory_advice(method, syn):
+    "Out of memory is a `UserError` that says what to lower."
+    try: yield
+    except (MemoryError, RuntimeError) as e:
+        words = ("can't allocate memory", "not enough memory")
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and not any(w in str(e) for w in words): raise
+        raise UserError(f"Out of memory. {method.forecast(syn)} Lower {method.lighter}. "
+                        "The state after the last whole step is kept.") from e
 
 def _nothing():
     "A selection method has nothing to learn: no step, no time."

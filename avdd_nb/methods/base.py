@@ -25,6 +25,7 @@ class Method:
     learns = False
     tiny = {}       # what the method check changes: `options`, `data`, `ipc`, `steps`
     presets = dict(quick=dict(steps=100, width=48, pool_size=10, real_batch=64), paper=dict(steps=5000))
+    scratch = ()        # names of extras that only the loop needs
 
     def begin(self, data, ipc, seed):
         "The `SyntheticSet` it starts from: `ipc` samples per class (or in all, without classes), tiled as it wants."
@@ -46,6 +47,7 @@ class Learner(Method, name='learner'):
     momentum: float = hp(0.5, 0, 1, "of that SGD")
     learns = True
     per_class_steps = False
+    lighter = "ipc or width"        # what to lower where memory is short, in words
 
     def source(self, data, seed):
         "An object with `.at(step)`: the draw of that step, from (seed, step) alone."
@@ -67,6 +69,17 @@ class Learner(Method, name='learner'):
     def groups_at_once(self, syn, limit_mb=2000):
         "How many classes one step takes at once to stay below `limit_mb` (at least one)."
         return max(1, min(syn.n_groups, int(limit_mb/max(self.memory_mb(syn), 1e-9))))
+
+    def fixed_mb(self, syn):
+        "Estimated MB that a step takes besides, however few classes it takes at once."
+        return 0.
+
+    def forecast(self, syn):
+        "One sentence on the memory that a step will take."
+        at_once = 1 if self.per_class_steps else self.groups_at_once(syn)
+        groups = f"{at_once} of {syn.n_groups} classes at a time" if syn.n_classes else "all pairs at a time"
+        total = at_once*self.memory_mb(syn) + self.fixed_mb(syn)
+        return f"A step of {self.name} takes about {total:,.0f} MB besides the data ({groups})."
 
 # %% ../../nbs/methods/base.ipynb #eb99ebd2
 @dataclass

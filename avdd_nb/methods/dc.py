@@ -27,8 +27,10 @@ class DC(Learner):
     real_batch: int = hp(256, 1, 100_000, "real pairs per class and step (all of a class that has fewer)")
     width: int = hp(128, 4, 1024, "channels of the networks")
     strategy: str = hp('', help="augmentations to draw from, joined by _; '' for none")
-    presets = {'1 pair a class': dict(outer=1, inner=1), '10 pairs a class': dict(outer=10, inner=50),
-               '20 pairs a class': dict(outer=20, inner=25)}
+    presets = {'quick': dict(steps=40, width=24, real_batch=32, lr=5.), 'paper': dict(steps=1000, ipc=1),
+               'paper-10': dict(steps=10_000, ipc=10, outer=10, inner=50),
+               'paper-20': dict(steps=20_000, ipc=20, outer=20, inner=25)}
+    tiny = dict(options=dict(lr=1.))
     scratch = ('network',)
     lighter = "ipc, factor or width"
 
