@@ -19,7 +19,7 @@ from torch.nn.utils import vector_to_parameters
 # %% ../../nbs/match/experts.ipynb #6c34f026
 def classifier(modality, n_classes, width=128, seed=0, arch='ConvNet'):
     "A network and a linear layer, (B, *shape) → logits (B, C); weights from `seed` alone."
-    if not n_classes: raise UserError("This method trains classifiers, but the data have no classes: choose another one.")
+    if not n_classes: raise UserError("This method trains classifiers, but the data have no classes: take another.")
     net = build(arch, modality, width=width, seed=seed)
     with seeded('classifier', seed): return nn.Sequential(net, nn.Linear(net.dim, n_classes))
 
@@ -74,7 +74,7 @@ def _epoch(self: Experts, modality, expert, epoch):
 
 @patch
 def fill(self: Experts, epochs, progress=None):
-    "Trains what is missing up to `epochs`; progress: called with the finished fraction after each epoch of each expert."
+    "Trains what is missing up to `epochs`; progress: called with the finished fraction after each file."
     links = [(m, i, e) for m in self.views for i in range(self.count) for e in range(epochs + 1)]
     for done, link in enumerate(links, 1):
         self.at(*link)

@@ -70,16 +70,19 @@ class Learner(Method, name='learner'):
         "How many classes one step takes at once to stay below `limit_mb` (at least one)."
         return max(1, min(syn.n_groups, int(limit_mb/max(self.memory_mb(syn), 1e-9))))
 
-    def fixed_mb(self, syn):
-        "Estimated MB that a step takes besides, however few classes it takes at once."
-        return 0.
+# %% ../../nbs/methods/base.ipynb #9802efad
+@patch
+def fixed_mb(self: Learner, syn):
+    "Estimated MB that a step takes besides, however few classes it takes at once."
+    return 0.
 
-    def forecast(self, syn):
-        "One sentence on the memory that a step will take."
-        at_once = 1 if self.per_class_steps else self.groups_at_once(syn)
-        groups = f"{at_once} of {syn.n_groups} classes at a time" if syn.n_classes else "all pairs at a time"
-        total = at_once*self.memory_mb(syn) + self.fixed_mb(syn)
-        return f"A step of {self.name} takes about {total:,.0f} MB besides the data ({groups})."
+@patch
+def forecast(self: Learner, syn):
+    "One sentence on the memory that a step will take; `avdd distill` prints it before the first one."
+    n = 1 if self.per_class_steps else self.groups_at_once(syn)
+    total = n*self.memory_mb(syn) + self.fixed_mb(syn)
+    groups = f"{n} of {syn.n_groups} classes at a time" if syn.n_classes else "all pairs at a time"
+    return f"A step of {self.name} takes about {total:,.0f} MB besides the data ({groups})."
 
 # %% ../../nbs/methods/base.ipynb #eb99ebd2
 @dataclass

@@ -40,7 +40,7 @@ class DC(Learner):
 
 @dataclass
 class DSA(DC):
-    "DC with the same augmentation on both sides, from real pairs. Source: Zhao & Bilen 2021, differentiable augmentation."
+    "DC with the same augmentation on both sides, from real pairs. Source: Zhao & Bilen 2021."
     init: str = hp('random', choices=['noise', *coreset.SELECTORS], help="noise, or which real pairs, to start from")
     strategy: str = hp(augment.DSA, help="augmentations to draw from, joined by _; '' for none")
 
@@ -132,10 +132,11 @@ def _train(self: DC, syn, visit):
     nets = self.networks(syn.modalities, syn.n_classes, visit.seed, visit.number, syn.labels.device)
     if visit.k:
         sizes = [sum(p.numel() for p in net.parameters()) for net in nets.values()]
-        (x, y), gen = syn.decode(), visit._rng('training')
+        with torch.no_grad(): x, y = syn.decode()
+        gen = visit._rng('training')
         for (m, net), vector in zip(nets.items(), syn.extras['network'].split(sizes)):
             vector_to_parameters(vector.clone(), net.parameters())
-            for _ in range(self.inner): sgd_epoch(net, x[m].detach().__getitem__, y, self.lr_net, 256, self.strategy, gen)
+            for _ in range(self.inner): sgd_epoch(net, x[m].__getitem__, y, self.lr_net, 256, self.strategy, gen)
     if 'network' in syn.extras: syn.extras['network'].copy_(torch.cat([as_vector(net) for net in nets.values()]))
     return nets
 
