@@ -34,7 +34,7 @@ CHOOSING = {'Random': ('random', {}), 'Herding': ('herding', {}), 'Herding+Facto
 FULL = avdd(1, 10, 10)
 
 TABLES = {   # table → the paper's name of a row → (method, options)
-    'control': {f'DM, step size × {k}': dm(k, **TILES) for k in (1, 3, 10, 21, 41, 100)}
+    'control': {f'DM, step size × {k}': dm(k, **TILES) for k in (.1, .3, 1, 3, 10, 21, 41, 100)}
     | {f'AVDD, λ = {k}': avdd(1, k, k) for k in (1, 10, 20)},
     '3': {'Random': CHOOSING['Random'], 'Herding': CHOOSING['Herding'], 'DM': dm(), 'AVDD': FULL},
     '4 (left: losses)': CHOOSING | {
@@ -75,6 +75,8 @@ def jobs(args):
         for table in args.tables:
             for dataset in args.datasets:
                 for label, (method, options) in TABLES[table].items():
+                    if args.rows and label not in args.rows:
+                        continue
                     common = scale['learner'] if method in ('avdd', 'dm') else scale['choice']
                     common = {} if method == 'random' else common
                     first = OTHER_SEEDS.get(table, 0) if method == 'dm' else 0
@@ -149,6 +151,7 @@ def main():
     p.add_argument('--results', default=RESULTS, type=Path)
     p.add_argument('--scale', default='small', choices=list(SCALES))
     p.add_argument('--tables', nargs='+', default=list(TABLES), choices=list(TABLES))
+    p.add_argument('--rows', nargs='+', help="only the rows with these labels")
     p.add_argument('--datasets', nargs='+', default=['avmnist', 'soundshapes'])
     p.add_argument('--ipc', type=int, nargs='+')
     p.add_argument('--seeds', type=int, default=3)

@@ -23,6 +23,10 @@ class AVDD(Matching):
     lam_cgm: float = hp(10., 0, 1000, "weight of cross-modal gap matching")
     lam_scmm: float = hp(0., 0, 1000, "weight of synthetic cross-modal matching, which the paper reports as a failure")
     lam_rscmm: float = hp(0., 0, 1000, "weight of real-synthetic cross-modal matching, another failure")
+    presets = Matching.presets | {
+        'paper': dict(steps=5000, draws='fresh'),
+        'paper, IPC 20': dict(steps=5000, ipc=20, draws='fresh', lam_icm=20., lam_cgm=20.),
+        'reference': dict(steps=5000, draws='reference', per_class_steps=True)}
 
     def loss(self, real, syn):
         "The terms, weighted, each per class (C,); the last two where their weights are not 0."
