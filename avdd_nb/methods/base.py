@@ -9,8 +9,9 @@ __all__ = ['METHODS', 'Method', 'Learner', 'Matching', 'methods', 'expand', 'mak
 import dataclasses, importlib, pkgutil
 from dataclasses import dataclass
 import torch
-from ..core import choose, configure, hp, patch
+from ..core import UserError, choose, configure, hp, patch
 from ..match import augment, coreset, pool
+from ..match.reference import ReferenceDraws
 from ..match.start import FEATURES, starting_pairs
 from ..plugins import load_plugins
 from ..synset import from_real
@@ -88,8 +89,8 @@ def forecast(self: Learner, syn):
 @dataclass
 class Matching(Learner, name='matching'):
     "Base of methods that move synthetic pixels so that class statistics match. Subclasses write `loss`."
-    draws: str = hp('pool', choices=['pool', 'fresh'],
-                    help="kept real statistics, or a new network and real batch at every step")
+    draws: str = hp('pool', choices=['pool', 'fresh', 'reference'],
+                    help="kept real statistics, a new network and real batch at every step, or these by AVDD's seeds")
     pool_size: int = hp(20, 1, 5001, "K: (network, ω) pairs in the pool")
     real_batch: int = hp(128, 0, 100_000, "real pairs per class and draw; 0 takes all")
     width: int = hp(128, 4, 1024, "channels of the random networks")
@@ -122,6 +123,11 @@ def source(self: Matching, data, seed):
     "Where the (network, ω) draws and the real statistics come from."
     how = dict(strategy=self.strategy, real_batch=self.real_batch, seed=seed,
                networks=self.networks(), lift=self.lift())
+    if self.draws == 'reference':
+        if how['lift'] or how['networks'] != pool.RandomNets(self.width):
+            raise UserError(f"draws='reference' is AVDD's code, and knows only plain class means of random networks: "
+                            f"for {self.name!r} choose 'fresh' or 'pool'.")
+        return ReferenceDraws(data, self.width, self.strategy, self.real_batch, exp=seed)
     if self.draws == 'fresh': return pool.FreshDraws(data, **how)
     return pool.FeaturePool(data, self.pool_size, **how)
 
