@@ -39,13 +39,13 @@ def plain_loop(data, audio, image, exp, steps, lam=10., lr=.2):
     for it in range(steps):
         seed = reference_seed(it, exp)
         torch.manual_seed(seed)
-        np.random.seed(seed)
+        numbers = np.random.RandomState(seed)
         ear = build('ConvNet', data.modalities['audio'], 4)
         eye = build('ConvNet', data.modalities['image'], 4)
         change = lambda v, seed=seed: augment.apply(v, augment.reference_omega(seed, *v.shape[-2:]))
         for c in range(data.n_classes):
             mine = [i for i, y in enumerate(data.labels.tolist()) if y == c]
-            real = np.random.permutation(mine)[:3]
+            real = numbers.permutation(mine)[:3]
             rows = slice(c*ipc, (c + 1)*ipc)
             A, V = (net(change(v[real])).mean(0).detach() for net, v in ((ear, x['audio']), (eye, x['image'])))
             a, v = ear(change(quarters(audio[rows]))).mean(0), eye(change(quarters(image[rows]))).mean(0)
