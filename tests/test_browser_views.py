@@ -87,3 +87,84 @@ def test_click_and_lasso_in_the_live_map_play_those_pairs(browser, lab, tmp_path
     assert page.evaluate('window.hacked') is None
     page.close()
     assert browser.outside == []
+
+
+OTHERS = ["m", "wall(dict(start=syn, now=syn), tiles=True, per_class=2)", "tiles_ear(syn, 3)",
+          "json.dump(sound(1, 5), open('right.json', 'w')); print('END' + '-MARK')"]
+
+
+def test_saved_views_answer_without_a_kernel(browser, lab, tmp_path):
+    "In a notebook, with the embedded cards only: the map's click, the wall's cells and slider, the ear's play-head."
+    folder = lab[0]
+    write_notebook(folder/'views.ipynb', [SETUP, *OTHERS])
+    page = open_notebook(browser, lab, 'views.ipynb')
+    run_all(page)
+    page.evaluate("document.body.scrollTop = 0")
+    figure = page.locator('.jp-RenderedPlotly').first
+    figure.scroll_into_view_if_needed(timeout=30_000)
+    figure.locator('img').dispatch_event('mouseenter')
+    plot = page.locator('.js-plotly-plot').first
+    plot.wait_for(timeout=30_000)
+    page.wait_for_timeout(800)
+    carried = page.evaluate("JSON.parse(document.querySelector('avdd-map > script').textContent).cards.map(c => c.point)")
+    point = next(p for p in carried if p >= 100)
+    click_point(page, plot, point)
+    page.wait_for_function("() => document.querySelector('avdd-map audio')?.currentTime > 0")
+    page.screenshot(path=tmp_path/'map-saved.png')
+    cards = page.evaluate("JSON.parse(document.querySelector('avdd-map > script').textContent).cards")
+    assert sounds(page, 'avdd-map')[0] in next(c['html'] for c in cards if c['point'] == point)
+    wall, ear = page.locator('avdd-wall'), page.locator('avdd-ear')
+    wall.locator('[data-cell="4"]').click()
+    page.wait_for_function("() => document.querySelector('avdd-wall audio').currentTime > 0")
+    assert page.evaluate("document.querySelector('avdd-map audio').paused")           # one player at a time
+    page.screenshot(path=tmp_path/'wall.png')
+    ear.scroll_into_view_if_needed()
+    ear.locator('.avdd-sheet').focus()
+    page.keyboard.press('Space')
+    page.wait_for_function("() => parseFloat(document.querySelector('.avdd-head').style.left) > 5")
+    page.screenshot(path=tmp_path/'ear.png')
+    assert page.evaluate('window.hacked') is None
+    page.close()
+    assert browser.outside == []
+
+
+@pytest.fixture(scope='module')
+def report(tmp_path_factory):
+    from avdd_nb.report import Section, write_report
+    space = {}
+    exec(SETUP, space)
+    m, wall, ear, syn = (space[k] for k in ('m', 'wall', 'tiles_ear', 'syn'))
+    pictures = dict(Map=m, Wall=wall(dict(start=syn, now=syn), tiles=True, per_class=2), Ear=ear(syn, 3))
+    path = tmp_path_factory.mktemp('views')/'views.html'
+    return write_report(path, 'Views', [Section(k, [p]) for k, p in pictures.items()])
+
+
+@pytest.mark.parametrize('scheme,width', [('light', 1280), ('dark', 400)])
+def test_a_report_is_alive_by_keyboard(browser, report, tmp_path, scheme, width):
+    page, said = browser.new_page(), []
+    page.on('console', lambda message: said.append(message.text))
+    page.on('pageerror', lambda error: said.append(str(error)))
+    page.set_viewport_size(dict(width=width, height=900))
+    page.emulate_media(color_scheme=scheme)
+    page.goto(f'file://{report}')
+    page.wait_for_selector('.plot .main-svg')
+    page.locator('avdd-map button', has_text='next').focus()
+    page.keyboard.press('Enter')
+    page.wait_for_function("() => document.querySelector('avdd-map audio')?.currentTime > 0")
+    page.locator('avdd-wall [data-cell="0"]').focus()
+    page.keyboard.press('ArrowRight')
+    page.keyboard.press('Enter')
+    page.wait_for_function("() => document.querySelector('avdd-wall audio').currentTime > 0")
+    assert page.locator('avdd-wall [data-cell="1"]').get_attribute('aria-pressed') == 'true'
+    page.locator('avdd-wall input[type=range]').focus()
+    page.keyboard.press('Home')
+    assert page.locator('avdd-wall input[type=range]').get_attribute('aria-valuetext') == 'start'
+    page.locator('avdd-ear .avdd-sheet').focus()
+    for _ in range(4): page.keyboard.press('ArrowRight')
+    assert 15 < float(page.locator('.avdd-head').evaluate('head => parseFloat(head.style.left)')) < 25
+    page.keyboard.press('+')
+    assert page.locator('.avdd-inner').evaluate('inner => inner.style.width') == '200%'
+    page.screenshot(path=tmp_path/f'report-{scheme}-{width}.png', full_page=True)
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    assert page.evaluate('window.hacked') is None and said == [] and browser.outside == []
+    page.close()

@@ -19,21 +19,27 @@ from .wall import run_wall
 
 # %% ../../nbs/views/compare.ipynb #373fb59b
 def name_runs(runs):
-    "Name → (folder, `RunConfig`): names made of the fields in which the configurations differ. A dict keeps its names."
+    "Name → (folder, `RunConfig`): names say in what the configurations differ. A dict keeps its names."
     given = dict(runs) if isinstance(runs, dict) else None
     folders = [Path(r) for r in (given.values() if given else runs)]
     if not folders: raise UserError('there is no run to compare: give one folder or more')
     configs = [load_run(f)[0] for f in folders]
     if given: return dict(zip(given, zip(folders, configs)))
-    facts = [_facts(c) for c in configs]
-    differ = [k for k in dict.fromkeys(k for f in facts for k in f) if len({str(f.get(k)) for f in facts}) > 1]
-    words = [', '.join([f['method'], *(f'{k} {f[k]}' for k in differ if k in f and k != 'method')]) for f in facts]
-    names = [w if words.count(w) == 1 else f'{w} ({folder.name})' for w, folder in zip(words, folders)]
+    names = _telling_names(configs)
+    names = [n if names.count(n) == 1 else f'{n} ({folder.name})' for n, folder in zip(names, folders)]
     return dict(zip(names, zip(folders, configs)))
 
-def _facts(config):
-    return dict(method=config.method, dataset=config.dataset, ipc=config.ipc, steps=config.steps, seed=config.seed) | {
-        k: v for k, v in {**config.data, **config.options}.items()}
+def _telling_names(configs):
+    "The method, with the budget and seed where these differ; with options, too, where that is not enough."
+    plain = [dict(method=c.method, dataset=c.dataset, ipc=c.ipc, steps=c.steps, seed=c.seed) for c in configs]
+    short = _differing(plain)
+    if len(set(short)) == len(short): return short
+    return _differing([p | c.data | c.options for p, c in zip(plain, configs)])
+
+def _differing(facts):
+    keys = dict.fromkeys(k for f in facts for k in f if k != 'method')
+    differ = [k for k in keys if len({str(f.get(k)) for f in facts}) > 1]
+    return [', '.join([f['method'], *(f'{k} {f[k]}' for k in differ if k in f)]) for f in facts]
 
 # %% ../../nbs/views/compare.ipynb #8308d360
 def losses(named, **_):

@@ -129,10 +129,13 @@ def _words(mean, std):
 # %% ../../nbs/views/curves.ipynb #31ce3577
 ACCURACY = 'test accuracy, %'
 
-def dots_picture(part, x_title, alt):
+def dots_picture(part, x_title, alt, zero=False):
     """A `Picture` of mean ± std: a row for each of `what`, a mark for each `branch`; `values`, where there are some,
-    are the small dots (one for each seed). `part`: a frame (what, branch, mean, std, n), perhaps with values."""
-    return Picture(_live_dots(part, x_title), lambda: _still_dots(part, x_title), alt=alt, min_width=340)
+    are the small dots (one for each seed). `part`: a frame (what, branch, mean, std, n), perhaps with values;
+    zero: a line there."""
+    figure = _live_dots(part, x_title)
+    if zero: figure.add_vline(0, line=dict(color=INK, width=1.5))
+    return Picture(figure, lambda: _still_dots(part, x_title, zero), alt=alt, min_width=340)
 
 def accuracy_plot(frame, protocol=None):
     "A `Picture` of mean ± std by row and branch under one protocol (by default the first), from `accuracy_frame`."
@@ -183,13 +186,14 @@ def _live_dots(part, x_title):
     return plotly_style(fig, height=130 + 62 * len(whats), showlegend=True)
 
 # %% ../../nbs/views/curves.ipynb #c38890d2
-def _still_dots(part, x_title):
+def _still_dots(part, x_title, zero=False):
     whats = list(part['what'].drop_duplicates())
     fig, [ax] = canvas(7.2, 1.2 + .5 * len(whats))
     for k, branch, rows, y in _branches(part):
         ax.errorbar(rows['mean'], y, xerr=rows['std'].fillna(0), fmt=list(MARKS.values())[k % 8], color=PALETTE[k % 8],
                     capsize=3, ms=7, lw=2, label=str(branch)[:40])
         for v, at in _single(rows, y): ax.plot(v, at, '.', color=PALETTE[k % 8], ms=4, alpha=.55)
+    if zero: ax.axvline(0, color=INK, lw=1.5)
     ax.set(xlabel=x_title, ylim=(len(whats) - .5, -.5))
     ax.set_yticks(range(len(whats)), [w if len(w) <= 24 else f'{w[:23]}…' for w in whats], parse_math=False)
     ax.grid(axis='x', color='gray', alpha=.25)

@@ -48,6 +48,7 @@ if (!window.avdd) {
 LOOK = """
 .avdd { display: block; color: inherit; max-width: 100%; font-size: 14px; line-height: 1.4; }
 .avdd button, .avdd select, .avdd input { font: inherit; }
+.avdd select { flex: 0 1 340px; min-width: 0; max-width: 100%; min-height: 32px; }
 .avdd button { color: inherit; background: rgba(128,128,128,.16); border: 1px solid rgba(128,128,128,.5);
   border-radius: 6px; padding: 3px 11px; cursor: pointer; min-height: 32px; }
 .avdd button:hover:not(:disabled) { background: rgba(128,128,128,.3); }

@@ -307,10 +307,11 @@ const show = points => {
 HOOK = """
 note.textContent = data.hint;
 const around = root.closest('figure.picture, .jp-OutputArea, .output_area, .jp-Cell') || root.parentElement;
-const listen = () => around.querySelectorAll('.js-plotly-plot').forEach(plot => {
-  if (plot.avdd || !plot.on) return;
-  plot.avdd = true;
-  const chosen = event => event && event.points.length && show(event.points.map(p => p.customdata));
+const heard = new WeakSet();
+const listen = () => root.isConnected && around.querySelectorAll('.js-plotly-plot').forEach(plot => {
+  if (!plot.on || heard.has(plot.on)) return;             // a figure that is drawn anew has a new `on`
+  heard.add(plot.on);
+  const chosen = event => root.isConnected && event?.points.length && show(event.points.map(p => p.customdata));
   plot.on('plotly_click', chosen);
   plot.on('plotly_selected', chosen);
 });

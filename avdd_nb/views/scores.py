@@ -119,7 +119,8 @@ def gains_picture(counts, classes, against=None):
     frame = pd.DataFrame(rows)
     best = frame.loc[frame['mean'].idxmax()]
     return dots_picture(frame, f'gain in recall over {label(against, 40)}, percentage points',
-                        f'gain per class over {against}; most: {best["what"]}, {best["mean"]:+.1f}, {best["branch"]}')
+                        f'gain per class over {against}; most: {best["what"]} {best["mean"]:+.1f}, {best["branch"]}',
+                        zero=True)
 
 # %% ../../nbs/views/scores.ipynb #9487e30b
 def _side(data, limits, row, modality, title, note=''):
