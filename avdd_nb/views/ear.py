@@ -125,7 +125,8 @@ open(0);
 # %% ../../nbs/views/ear.ipynb #0a47712b
 EAR_LOOK = """<style>
 .avdd-stage { display: flex; height: 216px; max-width: 760px; gap: 6px; }
-.avdd-still { height: 190px; width: auto; max-width: 40%; object-fit: contain; object-position: top;
+.avdd .avdd-still { height: 190px; max-height: 190px; width: auto; align-self: flex-start;
+  max-width: 40%; object-fit: contain; object-position: top;
   image-rendering: pixelated; margin: 0; }
 .avdd-axis { position: relative; flex: 0 0 34px; height: 190px; }
 .avdd-ticks { position: absolute; inset: 0; }
