@@ -14,19 +14,19 @@ from .core import UserError, choose, configure, hp
 from .data.captions import as_captioned
 from .data.paired import PairedData
 from .evaluate import PROTOCOLS, side_by_side
-from .match.contrastive import info_nce, low_rank, similarities, wbce
+from .match.contrastive import low_rank, wbce
 from .nets.towers import PairRecipe, build_towers, contrast, fit_pairs
 
 # %% ../nbs/crossmodal.ipynb #616f09e5
 AT = (1, 5, 10)
 
 def ranks(scores, relevant):
-    "Place (from 1) of the best relevant item for each row of `scores` (n, m); `relevant`: (n, m) bool. Ties count against."
+    "Place (from 1) of the best `relevant` (n, m; bool) item for each row of `scores` (n, m). Ties count against."
     best = scores.masked_fill(~relevant, -torch.inf).amax(1, keepdim=True)
     return 1 + ((scores >= best) & ~relevant).sum(1)
 
 def recalls(scores, owner, at=AT):
-    """Dict IR@K, TR@K in percent and their `mean`, from `scores` (images, captions), caption j being of image `owner[j]`.
+    """Dict IR@K, TR@K in percent and their `mean`, from `scores` (images, captions); caption j is of image `owner[j]`.
 
     IR: captions look for pictures; TR: pictures for any of their captions.
     """
@@ -41,7 +41,7 @@ def score(model, data, batch=500):
     "Cosines (items, captions) of a `Captioned` data set under trained towers."
     data = as_captioned(data)
     other = [m for m in data.modalities if m != data.text]
-    if len(other) != 1: raise UserError(f"{data.name}: retrieval is between two modalities, it has {list(data.modalities)}.")
+    if len(other) != 1: raise UserError(f"{data.name}: retrieval needs two modalities, it has {list(data.modalities)}.")
     items = torch.arange(len(data), device=data.device).split(batch)
     z = torch.cat([model(PairedData.select(data, *other).batch(i))[other[0]] for i in items])
     texts = data.modalities[data.text].normalise(data.texts)
@@ -53,7 +53,7 @@ def score(model, data, batch=500):
 class PairProtocol(PairRecipe):
     "A named `PairRecipe`, and what is reported of it."
     name: str = hp('paper', help="what tables call it")
-    report: str = hp('last', choices=['last', 'val', 'best-on-test'], help="epoch that counts; best-on-test is optimistic")
+    report: str = hp('last', choices=['last', 'val', 'best-on-test'], help="the epoch that counts")
     looks: int = hp(10, 1, 100, "how often a run is scored on its way, for val and best-on-test")
     updates_whole: int = hp(500, 1, 1_000_000, "updates on the whole real data, in place of epochs")
 
@@ -64,7 +64,7 @@ class PairProtocol(PairRecipe):
 
 PAIR_PROTOCOLS = {p.name: p for p in (
     PairProtocol(name='paper'),
-    PairProtocol(name='thorough', width=16, epochs=60))}
+    PairProtocol(name='thorough', width=16, epochs=60, updates_whole=250))}
 
 def pair_protocol(name='paper', /, **options):
     "The pair protocol called `name`, with some fields changed; a changed one is called `name*`."
@@ -117,7 +117,9 @@ def _scored(train, test, val, protocol, seed):
     "(recalls on test, epoch they are of), by the protocol's `report`."
     looked, model = [], None
     judge = dict(val=val, **{'best-on-test': test}).get(protocol.report)
-    def look(e): looked.append((recalls(score(model.eval(), judge), judge.owner), e, recalls(score(model, test), test.owner)))
+    def look(e):
+        model.eval()
+        looked.append((recalls(score(model, judge), judge.owner), e, recalls(score(model, test), test.owner)))
     if judge is None: return recalls(score(train_towers(train, protocol, seed), test), test.owner), protocol.epochs
     every = max(1, protocol.epochs//protocol.looks)
     batch_of, n = pairs_of(train)
@@ -139,8 +141,8 @@ def evaluate_pairs(train, test, protocol='paper', seeds=3, val=None, workers=Non
     if isinstance(protocol, str): protocol = pair_protocol(protocol)
     if protocol.report == 'val' and val is None: raise UserError("There is no validation split to choose an epoch on.")
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    test, val = (None if d is None else as_captioned(d.to(next(iter(train.tensors.values())).device)) for d in (test, val))
-    done = []
+    device, done = next(iter(train.tensors.values())).device, []
+    test, val = (None if d is None else as_captioned(d.to(device)) for d in (test, val))
     def one(seed):
         start = time.perf_counter()
         found, epoch = _scored(train, test, val, protocol, seed)

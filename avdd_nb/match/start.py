@@ -9,13 +9,22 @@ __all__ = ['FEATURES', 'BLIND', 'pair_features', 'starting_pairs']
 import torch
 from ..core import choose, seed_of
 from . import coreset
+from .pairexperts import PairExperts
 from .pool import random_nets
 from ..nets.encoders import joint_encoder
 from ..store import cached
 from ..train import Recipe, fit, new_model
 
 # %% ../../nbs/match/start.ipynb #b0974b29
+def _pair_nets(data):
+    "Towers trained on pairs without classes: the first of the experts that methods on such pairs share."
+    experts = PairExperts(data, count=1)
+    experts.network.load_state_dict(experts.at(0, 8), strict=False)
+    return {m: lambda x, net=net: torch.nn.functional.normalize(net(x), dim=1)
+            for m, net in experts.network.towers.items()}
+
 def _trained_nets(data, seed):
+    if not data.n_classes: return _pair_nets(data)
     recipe = Recipe(epochs=2, width=32, lr_image=1e-3, schedule='cosine', strategy='')
     model = new_model(data.modalities, data.n_classes, recipe, seed_of('features', seed)).to(data.device)
     fit(model, data.modalities, data.batch, data.labels, recipe, seed_of('features', seed))
