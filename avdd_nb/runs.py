@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from . import __version__
 from .core import UserError
+from .crossmodal import evaluate_pairs, protocol_like
 from .data.catalog import load, read_options
 from .distill import distill, peak_memory_mb
 from .evaluate import confusions
@@ -233,7 +234,8 @@ def _keep_confusions(out, protocol, seeds, counts):
 def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=False, progress=None, splits=None):
     """Tidy rows for the finished run in `out`, and its rivals with `baselines`; kept as `evaluation-<protocol>.json`.
 
-    progress: called with the finished fraction. Rows are those of `evaluate`, with method and ipc in front.
+    progress: called with the finished fraction. Rows are those of `evaluate`, with method and ipc in front; for data
+    without classes, those of `evaluate_pairs`.
     """
     config, syn = load_run(out)
     splits = splits or load(config.dataset, root, **config.data)
@@ -241,8 +243,12 @@ def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=Fals
     rows = []
     for i, (name, train) in enumerate(sets.items()):
         part = lambda done, i=i: progress and progress((i + done)/len(sets))
-        counts, found = confusions(train.to(device), splits.test, protocol, seeds, progress=part)
-        if train is syn: _keep_confusions(out, protocol, seeds if isinstance(seeds, int) else len(seeds), counts)
+        if not splits.train.n_classes:
+            pairs = protocol_like(protocol)
+            found = evaluate_pairs(train.to(device), splits.test, pairs, seeds, splits.val, progress=part)
+        else:
+            counts, found = confusions(train.to(device), splits.test, protocol, seeds, progress=part)
+            if train is syn: _keep_confusions(out, protocol, seeds if isinstance(seeds, int) else len(seeds), counts)
         rows += [dict(method=name, ipc=config.ipc if train is not splits.train else 0) | row for row in found]
     write_json(_beside(out, 'evaluation', protocol, 'json'), rows)
     return rows

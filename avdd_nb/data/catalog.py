@@ -49,6 +49,12 @@ class Source:
 SOURCES = {s.name: s for s in (
     Source('soundshapes', 'avdd_nb.data.soundshapes:load',
            'procedural scenes: image, sound, depth, caption; 10 classes', licence='made by this library'),
+    Source('soundshapes-text', 'avdd_nb.data.scenetext:load_text',
+           'its scenes as pictures with several captions each; no classes', licence='made by this library'),
+    Source('soundshapes-depth', 'avdd_nb.data.scenetext:load_depth',
+           'its scenes as depth maps with a text embedding; 10 classes', licence='made by this library'),
+    Source('soundshapes-audiotext', 'avdd_nb.data.scenetext:load_audiotext',
+           'its scenes as features of sound and captions; no classes', licence='made by this library'),
     Source('avmnist', 'avdd_nb.data.avmnist:load', 'handwritten digits paired with spoken ones; 10 classes',
            'MNIST/raw/*-ubyte.gz and fsdd/recordings/*.wav in the data root, or the network (30 MB)',
            'avdd_nb.data.avmnist:check', 'CC BY-SA 3.0 (MNIST), CC BY-SA 4.0 (FSDD)'),
