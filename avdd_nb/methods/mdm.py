@@ -9,7 +9,7 @@ __all__ = ['JOINT', 'cluster_picks', 'Look', 'MergedLooks', 'ClippedSGD', 'PairL
 from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
-from ..core import UserError, hp, rng
+from ..core import UserError, hp, patch, rng
 from ..data.captions import as_captioned
 from ..match import coreset
 from ..match.contrastive import TAU
@@ -47,6 +47,7 @@ class Look:
         "Unit vectors of the batch `x`, modality → (n, D)."
         return run_with(self.network, self.weights, x)
 
+# %% ../../nbs/methods/mdm.ipynb #cb7bbf77
 class MergedLooks:
     "`size` merges of two experts each (0: a new one at every step), with `kept` real pairs embedded; see `Look`."
     def __init__(self, experts, how='interpolation', gamma=1., size=10, epochs=8, kept=1024, batch=256, seed=0):
@@ -66,27 +67,30 @@ class MergedLooks:
             parts = [run_with(self.experts.network, weights, self.experts.data.pair_batch(r)) for r in rows.split(500)]
         return {m: torch.cat([p[m] for p in parts]) for m in parts[0]}
 
-    def entry(self, k):
-        "(weights, unit vectors of the kept real pairs) number k."
-        n = self.experts.data.n_pairs
-        rows = torch.randperm(n, generator=rng('kept', self.seed, k))[:self.kept].to(self.experts.data.device)
-        key = self.experts.key | dict(how=self.how, gamma=self.gamma, epochs=self.epochs, count=self.experts.count,
-                                      kept=self.kept, seed=self.seed, entry=k)
-        weights = self.weights(k)
-        return weights, cached('looks', key, lambda: (self.embed(weights, rows), key))[0]
+# %% ../../nbs/methods/mdm.ipynb #e4115404
+@patch
+def entry(self: MergedLooks, k):
+    "(weights, unit vectors of the kept real pairs) number k."
+    n = self.experts.data.n_pairs
+    rows = torch.randperm(n, generator=rng('kept', self.seed, k))[:self.kept].to(self.experts.data.device)
+    key = self.experts.key | dict(how=self.how, gamma=self.gamma, epochs=self.epochs, count=self.experts.count,
+                                  kept=self.kept, seed=self.seed, entry=k)
+    weights = self.weights(k)
+    return weights, cached('looks', key, lambda: (self.embed(weights, rows), key))[0]
 
-    def at(self, step):
-        "The `Look` of this step; it depends on (seed, step) alone."
-        g = rng('look', self.seed, step)
-        if self.size:
-            k = int(torch.randint(self.size, (), generator=g))
-            if k not in self._entries: self._entries[k] = self.entry(k)
-            weights, real = self._entries[k]
-            rows = torch.randperm(len(next(iter(real.values()))), generator=g)[:self.batch]
-            return Look(self.experts.network, weights, {m: z[rows] for m, z in real.items()}, g)
-        weights = self.weights(step)
-        rows = torch.randperm(self.experts.data.n_pairs, generator=g)[:self.batch].to(self.experts.data.device)
-        return Look(self.experts.network, weights, self.embed(weights, rows), g)
+@patch
+def at(self: MergedLooks, step):
+    "The `Look` of this step; it depends on (seed, step) alone."
+    g = rng('look', self.seed, step)
+    if self.size:
+        k = int(torch.randint(self.size, (), generator=g))
+        if k not in self._entries: self._entries[k] = self.entry(k)
+        weights, real = self._entries[k]
+        rows = torch.randperm(len(next(iter(real.values()))), generator=g)[:self.batch]
+        return Look(self.experts.network, weights, {m: z[rows] for m, z in real.items()}, g)
+    weights = self.weights(step)
+    rows = torch.randperm(self.experts.data.n_pairs, generator=g)[:self.batch].to(self.experts.data.device)
+    return Look(self.experts.network, weights, self.embed(weights, rows), g)
 
 # %% ../../nbs/methods/mdm.ipynb #1a049df9
 class ClippedSGD(torch.optim.SGD):
