@@ -8,7 +8,7 @@ __all__ = ['app', 'Option', 'Argument', 'Root', 'Data', 'Fields', 'Device', 'Bud
            'sweep', 'run_plan', 'report', 'export', 'push', 'pull', 'lab', 'doctor', 'main']
 
 # %% ../nbs/cli.ipynb #845909a8
-import json, os, sys
+import inspect, json, os, sys
 from pathlib import Path
 from typing import Annotated
 import typer
@@ -146,10 +146,12 @@ def _plan(grid, out, baselines):
     if grid.is_dir(): return read_plan(grid), grid
     return make_jobs(grid, baselines), out or Path('runs')/grid.stem
 
+def _asks_for_gpus(jobs): return any(str(j.parameters.get('device', '')).startswith('cuda') for j in jobs)
+
 def _gpus(jobs):
     "The GPUs, where jobs ask for one."
     from avdd_nb.sweep.local import find_gpus
-    if not any(str(j.parameters.get('device', '')).startswith('cuda') for j in jobs): return None
+    if not _asks_for_gpus(jobs): return None
     if gpus := find_gpus(): return gpus
     raise UserError("The grid says device: cuda, but nvidia-smi finds no GPU: leave out device, or see `avdd doctor`.")
 
@@ -159,6 +161,7 @@ def sweep(grid: Annotated[Path, Argument(help="a grid (YAML), or the folder of a
           workers: Workers = None, backend: Annotated[str, Option(help="local | ray | slurm")] = 'local',
           bare: Annotated[bool, Option(help="without notebooks: faster for many short jobs")] = False,
           pictures: Annotated[bool, Option(help="notebooks with all their pictures and a report each")] = False,
+          set_: Annotated[list[str], Option('--set', metavar='NAME=VALUE', help="an option of the backend")] = [],
           job_gb: JobGB = None, baselines: Annotated[bool, Option(help="add random and whole-data jobs")] = True,
           dry_run: Annotated[bool, Option(help="only say what would be done")] = False,
           watch: Annotated[bool, Option(help="only look at the sweep in this folder")] = False, data_root: Root = None):
@@ -172,7 +175,8 @@ def sweep(grid: Annotated[Path, Argument(help="a grid (YAML), or the folder of a
     _stop_like_ctrl_c()
     view = TerminalView(folder)
     try: run_plan(jobs, folder, backend, workers=workers, root=data_root, bare=bare, pictures=pictures,
-                  gpus=_gpus(jobs), job_gb=job_gb, show=view)
+                  gpus=_gpus(jobs) if backend == 'local' else _asks_for_gpus(jobs), job_gb=job_gb, show=view,
+                  **{k: _number(v) for k, v in pairs(set_, '--set').items()})
     finally: view.close()
     failed = [r for r in snapshot(folder) if r['state'] == 'failed']
     for r in failed: print(f"failed: {r['title']}: {r['words']} See {folder}/jobs/{r['name']}/log.txt")
@@ -181,10 +185,20 @@ def sweep(grid: Annotated[Path, Argument(help="a grid (YAML), or the folder of a
 
 # %% ../nbs/cli.ipynb #c1dc002c
 def run_plan(jobs, folder, backend='local', **options):
-    "Runs the jobs of a plan on a backend (local): job name → (state, message)."
+    "Runs the jobs of a plan on a backend (local, ray, slurm): job name → (state, message)."
     from avdd_nb.core import choose
-    from avdd_nb.sweep import local
-    return choose(backend, dict(local=local.sweep), "backend")(jobs, folder, **options)
+    from avdd_nb.sweep import local, on_ray, on_slurm
+    run = choose(backend, dict(local=local.sweep, ray=on_ray.sweep, slurm=on_slurm.sweep), "backend")
+    known = inspect.signature(run).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    for name in options if not open_ended else (): choose(name, list(known), f"option of the backend {backend}")
+    return run(jobs, folder, **options)
+
+def _number(text):
+    try: return int(text)
+    except ValueError: pass
+    try: return float(text)
+    except ValueError: return text
 
 def _show_plan(jobs, folder):
     "The table of a dry run."

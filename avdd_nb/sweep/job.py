@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['START_TRIES', 'DIED', 'whole_rows', 'commit', 'Handle', 'by_notebook', 'bare', 'run_folder', 'run_job', 'mark_failed']
 
-# %% ../../nbs/sweep/job.ipynb #0bbcf5f6
+# %% ../../nbs/sweep/job.ipynb #78e24e2c
 import contextlib, functools, json, os, platform, signal, subprocess, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..core import UserError
 from ..store import append_event, cached, lock, read_json, write_json
 from .plan import ONE, done, job_folder, page, page_parameters
 
-# %% ../../nbs/sweep/job.ipynb #45cd0b56
+# %% ../../nbs/sweep/job.ipynb #c34323c2
 def whole_rows(splits, protocol, seeds=1, device='cpu'):
     "Rows of `evaluate` for the whole training data, one seed after the other; each is measured once and kept."
     from avdd_nb.evaluate import evaluate
@@ -25,7 +25,7 @@ def whole_rows(splits, protocol, seeds=1, device='cpu'):
         rows += cached('whole', key, make)[1]
     return [dict(method='whole data', ipc=0, data_hash=train.hash) | r for r in rows]
 
-# %% ../../nbs/sweep/job.ipynb #0781b204
+# %% ../../nbs/sweep/job.ipynb #b7c6eb06
 @functools.cache
 def commit():
     "The git commit of this clone, with a + where files differ from it; '' outside of a clone."
@@ -36,7 +36,7 @@ def commit():
     try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
     except OSError: return ''
 
-# %% ../../nbs/sweep/job.ipynb #10e3ce15
+# %% ../../nbs/sweep/job.ipynb #6d076745
 def _facts(start):
     from avdd_nb.runs import versions
     return dict(seconds=time.time() - start, versions=versions(), commit=commit(), host=platform.node())
@@ -49,7 +49,7 @@ def _parameters(job, folder, root):
     takes = page_parameters(page(job.notebook))
     return job.parameters | {k: v for k, v in mine.items() if k in takes}
 
-# %% ../../nbs/sweep/job.ipynb #95a84ae3
+# %% ../../nbs/sweep/job.ipynb #7fc0b986
 @dataclass
 class Handle:
     """What may be asked of a job that is going on: its kernel's `pid`; after `stop()` it writes a checkpoint and ends.
@@ -77,7 +77,7 @@ class Handle:
         "Between two cells a kernel hears no interrupt: the stop happens here."
         if self.stopped: raise KeyboardInterrupt
 
-# %% ../../nbs/sweep/job.ipynb #7743d47d
+# %% ../../nbs/sweep/job.ipynb #7a43b635
 @functools.cache
 def _register_engine():
     "Papermill's engine, with the ears; registered under the name 'avdd'."
@@ -106,7 +106,7 @@ def _register_engine():
 
     papermill_engines.register('avdd', Engine)
 
-# %% ../../nbs/sweep/job.ipynb #418c6799
+# %% ../../nbs/sweep/job.ipynb #c4c67447
 def _page_of(job, pictures):
     "The notebook of a job, without the cells that are only there to look."
     import nbformat
@@ -127,7 +127,7 @@ def by_notebook(job, folder, root=None, env=None, handle=None, pictures=False):
             kernel_name='python3', progress_bar=False, stdout_file=log, stderr_file=log, autosave_cell_every=0,
             handle=handle, on_cell=say, env=os.environ | (env or {}))
 
-# %% ../../nbs/sweep/job.ipynb #9605957c
+# %% ../../nbs/sweep/job.ipynb #40430af7
 @functools.lru_cache(2)
 def _splits(dataset, root, options):
     from avdd_nb.data.catalog import load
@@ -144,7 +144,7 @@ def bare(job, folder, root=None, env=None, handle=None, pictures=False):
     else: raise UserError(f"{job.notebook} can only run as a notebook: leave out --bare.")
     write_json(job_folder(folder, job)/'rows.json', rows)
 
-# %% ../../nbs/sweep/job.ipynb #5850b1d6
+# %% ../../nbs/sweep/job.ipynb #0f8a349e
 def run_folder(folder, job):
     "Where the distillation of a job lies; jobs that differ in their evaluation only share it."
     p = job.parameters
@@ -156,7 +156,7 @@ def _distil_and_measure(job, folder, root, splits, protocol):
     for _ in run(RunConfig(**job.identity['run']), here, root, p['device'], splits=splits): pass
     return evaluate_run(here, protocol, p['seeds'], root, p['device'], splits=splits)
 
-# %% ../../nbs/sweep/job.ipynb #9403c20f
+# %% ../../nbs/sweep/job.ipynb #6f106b58
 def run_job(job, folder, work=by_notebook, started=0., **kw):
     """Runs `job` of the sweep in `folder` and says how it went: (state, message).
 
@@ -186,7 +186,7 @@ def mark_failed(here, message):
 
 def _failure(here): return read_json(here/'failed.json') if (here/'failed.json').exists() else None
 
-# %% ../../nbs/sweep/job.ipynb #7a946b71
+# %% ../../nbs/sweep/job.ipynb #886812d4
 def _attempt(job, folder, here, work, kw):
     "Runs the work; writes the marker, or why there is none."
     start = time.time()
@@ -210,7 +210,7 @@ def _attempt(job, folder, here, work, kw):
 def _run_facts(folder, job):
     return dict(run=str(run_folder(folder, job).relative_to(folder))) if job.run else {}
 
-# %% ../../nbs/sweep/job.ipynb #7f177a2f
+# %% ../../nbs/sweep/job.ipynb #81e056ce
 START_TRIES = 3
 
 def _tries(job, folder, work, kw):
@@ -231,13 +231,14 @@ def _wait_for_orphan(folder, job, patience=20.):
             if free: return
         time.sleep(.2)
 
-# %% ../../nbs/sweep/job.ipynb #97ce4332
+# %% ../../nbs/sweep/job.ipynb #9efbe90b
 DIED = 'its process died: it was killed, or the memory was not enough'
 
 def _why(e, handle):
     "(state, one sentence) for what ended a job."
     name, text = getattr(e, 'ename', type(e).__name__), getattr(e, 'evalue', str(e))
-    if name == 'KeyboardInterrupt' or handle and handle.stopped: return 'stopped', ''
+    interrupted = name == 'KeyboardInterrupt' or not isinstance(e, Exception)
+    if interrupted or handle and handle.stopped: return 'stopped', ''
     if name == 'DeadKernelError': return 'failed', DIED
     if handle and not handle.started: return 'failed', f'its kernel did not start: {text or name}'
     return 'failed', text if name == 'UserError' else f'{name}: {text}'
