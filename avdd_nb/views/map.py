@@ -117,8 +117,10 @@ class Cloud:
     def __init__(self, data, syn=None, embed='trained', max_real=2000, seed=0, folder=None):
         "embed: see above; max_real: at most so many real pairs; folder: a run's, where places are kept."
         self.whole, self.sets, self.embed, self.seed, self.folder = data, as_sets(syn), embed, seed, folder
-        drawable = [m for m, s in data.modalities.items() if callable(embed) or len(s.shape) == 3]
-        self.seen = data.select(*drawable)
+        shared = [m for m in data.modalities if all(m in s.modalities for s in self.sets.values())]
+        fit = [m for m in shared if callable(embed) or len(data.modalities[m].shape) == 3]
+        if not fit: raise UserError(f'real and synthetic pairs share no modality to look at: {data!r}; {syn!r}')
+        self.seen = data.select(*fit)
         few = len(data) <= max_real
         self.rows = torch.arange(len(data)) if few else torch.randperm(len(data), generator=rng('map', seed))[:max_real]
         self.decoded = {name: s.decode() for name, s in self.sets.items()}
