@@ -159,3 +159,36 @@ def test_every_merge_gives_the_anchors_shapes_and_is_seeded(how):
     experts = [dict(w=torch.randn(4, generator=rng('e', i)), n=torch.tensor(7)) for i in range(3)]
     one, two = (merged(how, w0, experts, generator=rng('m')) for _ in range(2))
     assert torch.equal(one['w'], two['w']) and one['w'].shape == (4,)
+
+
+@pytest.mark.parametrize('i', range(2))
+def test_golden_tesla_and_unrolled_on_a_linear_classifier(i):
+    from avdd_nb.match.pairexperts import tesla, unrolled
+    x, y, rate = golden(f'tesla{i}_x').requires_grad_(), golden(f'tesla{i}_y'), golden(f'tesla{i}_lr').requires_grad_()
+    start, goal = dict(w=golden(f'tesla{i}_theta0')), dict(w=golden(f'tesla{i}_target'))
+    inner = lambda w, k: F.cross_entropy(x[k] @ w['w'].view(-1, x.shape[2]).T, y)
+    for found, name in ((tesla(inner, start, goal, dict(w=rate), len(x), [x]), ''),
+                        (unrolled(inner, start, goal, dict(w=rate), len(x)), 'mtt_')):
+        close(found, f'tesla{i}_{name}loss', rtol=1e-4)
+        grad_x, grad_rate = torch.autograd.grad(found, [x, rate])
+        close(grad_x, f'tesla{i}_{name}grad_x', rtol=1e-4)
+        close(grad_rate, f'tesla{i}_{name}grad_lr', rtol=1e-4)
+
+
+@pytest.mark.parametrize('i', range(2))
+def test_golden_distance_that_remains(i):
+    from avdd_nb.match.pairexperts import remaining
+    student, = leaves(f'mtt{i}_student')
+    loss = remaining(dict(w=student), dict(w=golden(f'mtt{i}_start')), dict(w=golden(f'mtt{i}_target')))
+    loss.backward()
+    close(loss, f'mtt{i}_loss')
+    close(student.grad, f'mtt{i}_grad_student')
+
+
+def test_distance_is_per_tower_or_joint():
+    from avdd_nb.match.pairexperts import remaining
+    keys = ('towers.image.a', 'towers.image.b', 'towers.text.a')
+    state = lambda *v: {k: torch.tensor([float(x)]) for k, x in zip(keys, v)}
+    start, goal, end = state(0, 0, 0), state(3, 4, 1), state(3, 1, 3)
+    assert remaining(end, start, goal) == 9 / 25 + 4 / 1
+    assert remaining(end, start, goal, joint=True) == (9 + 4) / 26
