@@ -4,10 +4,11 @@
     python benchmarks/language_tables.py --print                                                  # only the tables
 
 A cell is one distilled set and its scores; a cell that is done is never done twice. Rows go to
-benchmarks/results/language.csv after every cell. All on the built-in world: 32 pixels, ConvNets of width 16.
+benchmarks/results/language.csv after every cell. All on the built-in world, in small: 24 pixels, ConvNets of width 16.
 """
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -16,14 +17,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TEXT = dict(n_train=1000, captions=3, n_val=200, n_test=500)
-SOUND = dict(n_train=500, captions=5, n_val=100, n_test=500)
-DEPTH = dict(n_train=1000, n_test=500)
-EPOCHS, WIDTH = 40, 16
+SIZES = {'soundshapes-text': dict(n_train=700, captions=3, n_val=200, n_test=500, image_size=24),
+         'soundshapes-audiotext': dict(n_train=500, captions=5, n_val=100, n_test=500),
+         'soundshapes-depth': dict(n_train=700, n_test=500, image_size=24)}
+EPOCHS, WIDTH = 30, 16
 METHODS = {'Random': ('random', 0), 'Herding': ('herding', 0), 'K-center': ('kcenter', 0), 'MTT-VL': ('mtt-vl', 40),
            'TESLA_WBCE': ('tesla-wbce', 40), 'LoRS': ('lors', 40), 'MDM': ('mdm', 60)}
-OPTIONS = {'mdm': dict(lr=3., expert_epochs=6), 'lors': dict(lr=10., lr_text=10., lr_similarity=1., expert_epochs=6),
-           'tesla-wbce': dict(lr=10., lr_text=10., expert_epochs=6), 'mtt-vl': dict(lr=10., lr_text=10., expert_epochs=6)}
+EXPERTS = dict(experts=3, expert_epochs=6, expert_lr=.5)
+WALKS = dict(EXPERTS, lr=10., lr_text=10.)
+OPTIONS = {'mdm': dict(EXPERTS, lr=3.), 'lors': dict(WALKS, lr_similarity=1.), 'tesla-wbce': WALKS, 'mtt-vl': WALKS}
 ABLATIONS = {
     'data init': {i: dict(init=i) for i in ('noise', 'random', 'image-kmeans', 'text-kmeans', 'joint-kmeans')},
     'model init': {m: dict(merge=m) for m in ('anchor', 'expert', 'weighted', 'interpolation')},
@@ -49,7 +51,7 @@ class Cell:
     @property
     def name(self):
         "File name of its rows."
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        text = json.dumps([dataclasses.asdict(self), SIZES[self.dataset], EPOCHS, WIDTH], sort_keys=True)
         return f"{self.table}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.json".replace(' ', '_')
 
 
@@ -57,7 +59,8 @@ def _cell(table, row, dataset, method, n, seed, steps, archs=('ConvNet',), **opt
     # a coreset is the random method with another rule
     rule = dict(init=method) if method in ('random', 'herding', 'kcenter') else {}
     options = {**OPTIONS.get(method, {}), **rule, **options}
-    return Cell(table, row, dataset, 'random' if rule else method, n, seed, steps, tuple(sorted(options.items())), archs)
+    name = 'random' if rule else method
+    return Cell(table, row, dataset, name, n, seed, steps, tuple(sorted(options.items())), archs)
 
 
 def cells(seeds=3):
@@ -68,7 +71,8 @@ def cells(seeds=3):
             for row, (method, steps) in METHODS.items():
                 if row == 'TESLA_WBCE' and n == 200:
                     continue
-                archs = ('ConvNet', 'LeNet', 'AlexNet') if n == 100 and row in ('Random', 'LoRS', 'MDM') else ('ConvNet',)
+                other = n == 100 and row in ('Random', 'LoRS', 'MDM')
+                archs = ('ConvNet', 'LeNet', 'AlexNet') if other else ('ConvNet',)
                 out.append(_cell('retrieval', row, 'soundshapes-text', method, n, seed, steps, archs))
         if seed == 0:
             out.append(Cell('retrieval', 'Full', 'soundshapes-text', '', 0, 0))
@@ -76,19 +80,18 @@ def cells(seeds=3):
             out += [_cell(table, row, 'soundshapes-text', 'mdm', 100, seed, 60, **more) for row, more in rows.items()]
         for row, (method, steps) in {'Random': ('random', 0), 'Herding': ('herding', 0), 'DM': ('dm', 40)}.items():
             more = dict(width=16, pool_size=5, real_batch=64) if method == 'dm' else {}
-            out += [_cell('depth-text', row, 'soundshapes-depth', method, n, seed, steps, **more) for n in (1, 2, 5, 10)]
+            out += [_cell('depth-text', row, 'soundshapes-depth', method, n, seed, steps, **more)
+                    for n in (1, 2, 5, 10)]
             out.append(_cell('audio-text', row, 'soundshapes-audiotext', method, 20, seed, steps, **more))
         out.append(_cell('audio-text', 'MDM', 'soundshapes-audiotext', 'mdm', 20, seed, 60, head='linear', lr=1.))
     return out
 
 
-def data_of(dataset, kept={}):
+@functools.cache
+def data_of(dataset):
     "The splits of a data set, loaded once."
     from avdd_nb.data.catalog import load
-    if dataset not in kept:
-        options = {'soundshapes-text': TEXT, 'soundshapes-depth': DEPTH, 'soundshapes-audiotext': SOUND}[dataset]
-        kept[dataset] = load(dataset, **options)
-    return kept[dataset]
+    return load(dataset, **SIZES[dataset])
 
 
 def scores(train, cell, splits):
@@ -135,7 +138,7 @@ def distilled(cell, splits):
 def run_cell(cell):
     "The rows of one cell."
     splits = data_of(cell.dataset)
-    began = time.perf_counter()
+    began = time.process_time()
     if not cell.method:
         train, per_step, looks = splits.train, 0., []
     else:
@@ -143,8 +146,9 @@ def run_cell(cell):
     best = max(looks, key=lambda look: look[1]) if looks else (None, None)
     mine = dict(table=cell.table, label=cell.row, dataset=cell.dataset, n=cell.n, seed=cell.seed, steps=cell.steps,
                 seconds_per_step=per_step, best_step=best[0], best_val=best[1], looks=json.dumps(looks))
-    rows = [mine | {k: v for k, v in row.items() if k not in ('seed', 'n_train', 'seconds')} for row in scores(train, cell, splits)]
-    return [row | dict(cell_seconds=time.perf_counter() - began) for row in rows]
+    rows = [mine | {k: v for k, v in row.items() if k not in ('seed', 'n_train', 'seconds')}
+            for row in scores(train, cell, splits)]
+    return [row | dict(cell_seconds=time.process_time() - began) for row in rows]
 
 
 def timed(cell, splits):
