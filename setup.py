@@ -6,7 +6,7 @@ from shlex import split
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-PACKAGE_FILES = ["**/*.js", "**/*.css", "**/*.json", "**/*.j2", "**/*.ipynb"]
+PACKAGE_FILES = ["**/*.js", "**/*.css", "**/*.json", "**/*.j2", "**/*.html", "**/*.ipynb"]
 
 settings = ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")

@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'DATA', 'QUESTIONS', 'Case', 'make_case', 'explains_its_fiel
            'lowers_its_loss', 'repeats', 'resumes', 'sentence_of', 'refuses_bad_input', 'check_method']
 
 # %% ../nbs/check.ipynb #b0a986af
-import contextlib, functools, inspect, re, tempfile, time
+import contextlib, functools, inspect, re, sys, tempfile, time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import torch
@@ -16,6 +16,7 @@ from .data.catalog import load
 from .data.paired import PairedData
 from .distill import distill
 from .methods.base import make_method, methods
+from .plugins import version_of
 from .runs import load_run, make_config, run
 from .synset import check_fits
 
@@ -87,6 +88,7 @@ def explains_its_fields(case):
 def has_a_chapter(case):
     "The notebook that its module was exported from exists and has a title and a line that says what it is for."
     if case.cls.__module__ == '__main__': return "defined in a notebook"
+    if version_of(case.cls): return f"your own, in {Path(sys.modules[case.cls.__module__].__file__).name}"
     source = Path(inspect.getsourcefile(case.cls))
     found = re.search(r'File to edit: (\S+\.ipynb)', source.read_text())
     assert found, f"{source.name} was not exported from a notebook"

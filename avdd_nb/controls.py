@@ -17,8 +17,8 @@ def control(field, value=None):
     meta, kind = field.metadata, type(field.default)
     value = field.default if value is None else check_value(field, value, 'control')
     low, high = meta.get('low'), meta.get('high')
-    look = dict(description=field.name, value=value, tooltip=words(field), style=dict(description_width='9.5em'),
-                layout=W.Layout(width='100%', min_width='0'))
+    look = dict(description=field.name, value=value, tooltip=words(field), style=dict(description_width='7.5em'),
+                layout=W.Layout(width='auto', min_width='0'))
     if meta.get('choices'): return W.Dropdown(options=list(meta['choices']), **look)
     if kind is bool: return W.Checkbox(indent=True, **look)
     if kind not in (int, float): return W.Text(continuous_update=False, **look)
@@ -73,11 +73,11 @@ class Form(W.VBox):
 
 # %% ../nbs/controls.ipynb #462ea2d6
 _ROW = W.Layout(width='auto', min_width='0', overflow='visible')
-_GRID = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 19em), 1fr))',
-                 grid_gap='2px 20px', width='100%', overflow='visible')
+_GRID = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 20em), 1fr))',
+                 grid_gap='2px 12px', width='auto', overflow='visible')
 
 def _help(text):
-    place = W.Layout(margin='-6px 0 4px 9.9em', min_width='0')
+    place = W.Layout(margin='-2px 0 6px 8em', min_width='0')
     return W.HTML(f'<div class="avdd-help">{esc(text)}</div>', layout=place)
 
 # %% ../nbs/controls.ipynb #10bd873b
@@ -91,8 +91,8 @@ class OptionsForm(W.VBox):
         super().__init__([W.Box(rows, layout=_GRID)])
 
     def _control(self, name, default, value):
-        look = dict(description=name, style=dict(description_width='9.5em'),
-                    layout=W.Layout(width='100%', min_width='0'))
+        look = dict(description=name, style=dict(description_width='7.5em'),
+                    layout=W.Layout(width='auto', min_width='0'))
         if isinstance(default, bool): return W.Checkbox(value=value, indent=True, **look)
         if isinstance(default, int): return W.IntText(value=value, continuous_update=False, **look)
         if isinstance(default, float): return W.FloatText(value=value, continuous_update=False, **look)

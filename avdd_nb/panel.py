@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shape_of', 'cost', 'Panel', 'panel']
 
-# %% ../nbs/panel.ipynb #f98b4df4
+# %% ../nbs/panel.ipynb #968b864e
 import hashlib, json, threading, time
 from dataclasses import asdict, fields
 import ipywidgets as W
@@ -19,7 +19,7 @@ from .runs import make_config
 from .store import read_json
 from .watch import Watch, clock, say, with_still
 
-# %% ../nbs/panel.ipynb #7166507d
+# %% ../nbs/panel.ipynb #9dabe8cd
 def shape_of(config, device='cpu'):
     "Where the estimate of all runs lives that cost the same per step as this `RunConfig`."
     made = asdict(choose(config.method, methods(), "method")(**config.options))
@@ -35,21 +35,21 @@ def cost(config, device='cpu'):
     draws = min(found['draws'] and config.steps, found.get('most', found['draws']))
     return found['start'] + draws*found['draw'] + config.steps*found['step'], found['memory_mb']
 
-# %% ../nbs/panel.ipynb #ebed615d
+# %% ../nbs/panel.ipynb #433aaa74
 class Panel(W.VBox):
     "Controls for a run of any method, and a `Watch` of it. See `panel` for the arguments."
     def __init__(self, method, dataset, preset, settings, data, options, root):
         self.root, self._data, self._quiet = root, data, True
         self._head(method, dataset, settings)
-        self.distil = _button('Distil', 'Start the run in a process of its own', self._distil, 'primary', 'play-circle')
-        self.ask = _button('Estimate', 'Time two steps in a process of their own', self._estimate, '', 'clock-o')
+        self.distil = _button('Distil', 'Start the run in a process of its own', self._distil, 'primary')
+        self.ask = _button('Estimate', 'Time two steps in a process of their own', self._estimate)
         self.guess, self.method_box, self.data_box = W.HTML(), W.VBox([]), W.VBox([])
         self.watch = Watch(None, root, before=[self.distil, self.ask], evaluation=self.evaluation)
         inside = W.Accordion([self.method_box, self.data_box, self._protocol_box()])
         inside.titles = 'Hyperparameters', 'Options of the data', 'How it is evaluated'
         inside.selected_index = 0
         self.inside = inside
-        super().__init__([self.head, self.presets, inside, self.guess, self.watch], layout=W.Layout(width='100%'))
+        super().__init__([self.head, self.presets, inside, self.guess, self.watch], layout=W.Layout(width='auto'))
         self._new_method(preset, options)
         self._new_data()
         self.method.observe(lambda c: self._new_method(self.presets.value, {}), 'value')
@@ -57,9 +57,9 @@ class Panel(W.VBox):
         self._quiet = False
         self._changed()
 
-# %% ../nbs/panel.ipynb #abe4f6f2
-def _button(text, tip, call, style='', icon=''):
-    made = W.Button(description=text, tooltip=tip, button_style=style, icon=icon,
+# %% ../nbs/panel.ipynb #0b16687b
+def _button(text, tip, call, style=''):
+    made = W.Button(description=text, tooltip=tip, button_style=style,
                     layout=W.Layout(width='auto', min_width='5.5em'))
     made.on_click(lambda _: call())
     return made
@@ -73,7 +73,7 @@ def _devices():
 def _head(self: Panel, method, dataset, settings):
     "The first row: what, from what, how much."
     look = lambda name, tip: dict(description=name, tooltip=tip, style=dict(description_width='5.5em'),
-                                  layout=W.Layout(width='100%', min_width='0'))
+                                  layout=W.Layout(width='auto', min_width='0'))
     limit = jobs.quota()
     count = lambda name, tip, value, low, high: W.BoundedIntText(
         value=value, min=low, max=high or 10**6, continuous_update=False, **look(name, tip))
@@ -86,13 +86,14 @@ def _head(self: Panel, method, dataset, settings):
     self.device = W.Dropdown(options=_devices(), value=settings['device'], **look('device', 'Where it computes'))
     for w in (self.ipc, self.steps, self.seed, self.device): w.observe(lambda c: self._changed(), 'value')
     grid = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 13em), 1fr))',
-                    grid_gap='2px 16px', width='100%', overflow='visible')
+                    grid_gap='2px 12px', width='auto', overflow='visible')
     self.head = W.Box([self.dataset, self.method, self.ipc, self.steps, self.seed, self.device], layout=grid)
-    self.presets = W.ToggleButtons(options=['quick'], description='preset', style=dict(description_width='5.5em'))
+    self.presets = W.ToggleButtons(options=['quick'], description='preset',
+                                   style=dict(description_width='5.5em', button_width='7em'))
     self._given = settings['steps']
     self.presets.observe(lambda c: None if self._quiet else self._preset(), 'value')
 
-# %% ../nbs/panel.ipynb #df49358d
+# %% ../nbs/panel.ipynb #cb3da16a
 @patch
 def _new_method(self: Panel, preset, options):
     "The controls of the chosen method, and its presets."
@@ -131,7 +132,7 @@ def _new_data(self: Panel, options=None):
     self.data_box.children = [W.HTML(say(SOURCES[self.dataset.value].about) + note), self.data_form]
     self._changed()
 
-# %% ../nbs/panel.ipynb #6a98c999
+# %% ../nbs/panel.ipynb #8f834528
 def _fields(protocol):
     "Fields of a named protocol that differ from the default one's."
     base, made = Protocol(), PROTOCOLS[protocol]
@@ -141,7 +142,7 @@ def _fields(protocol):
 @patch
 def _protocol_box(self: Panel):
     "The evaluation's controls: a named protocol, what differs from it, how many networks, and the rivals."
-    wide = dict(style=dict(description_width='9.5em'), layout=W.Layout(width='min(100%, 22em)'))
+    wide = dict(style=dict(description_width='7.5em'), layout=W.Layout(width='min(100%, 22em)'))
     self.protocol = W.Dropdown(options=list(PROTOCOLS), description='protocol', **wide)
     self.seeds = W.IntSlider(value=2, min=1, max=20, description='seeds', tooltip='How many networks are trained',
                              **wide)
@@ -151,7 +152,7 @@ def _protocol_box(self: Panel):
     self.protocol.observe(lambda c: self.protocol_form.show(**_fields(c.new)), 'value')
     return W.VBox([self.protocol, self.seeds, self.rivals, self.protocol_form])
 
-# %% ../nbs/panel.ipynb #c9c9c772
+# %% ../nbs/panel.ipynb #3ba7a9d9
 @patch(as_prop=True)
 def config(self: Panel):
     "The `RunConfig` of the settings as they are; a `UserError` where they do not fit."
@@ -166,7 +167,7 @@ def evaluation(self: Panel):
     changed = {n: v for n, v in shown.items() if v != getattr(base, n)}
     return dict(protocol=self.protocol.value, options=changed, seeds=self.seeds.value, baselines=self.rivals.value)
 
-# %% ../nbs/panel.ipynb #906c41b4
+# %% ../nbs/panel.ipynb #a2c488f7
 @patch
 def _changed(self: Panel):
     "Something was set: what does it cost now, and is there a run of it already?"
@@ -184,7 +185,7 @@ def _changed(self: Panel):
         told = f'A run with these settings exists ({at.phase}): Distil shows it, or goes on with it.'
     self.guess.value = say(told)
 
-# %% ../nbs/panel.ipynb #7e6c307d
+# %% ../nbs/panel.ipynb #b0ded029
 @patch
 def _distil(self: Panel):
     "Starts the run, or turns to it where it is there already."
@@ -218,7 +219,7 @@ def _await(self: Panel, out):
     if at.phase == 'done': self._changed()
     else: self.guess.value = say(f'The estimate {at.phase}: {at.reason}', 'bad')
 
-# %% ../nbs/panel.ipynb #447bdc54
+# %% ../nbs/panel.ipynb #de9c9516
 @patch
 def still(self: Panel):
     "PNG bytes and words: the settings, and the loss where a run is shown."
@@ -240,7 +241,7 @@ def still(self: Panel):
 def _repr_mimebundle_(self: Panel, **kw):
     return with_still(W.VBox._repr_mimebundle_(self, **kw), self.still())
 
-# %% ../nbs/panel.ipynb #05b83741
+# %% ../nbs/panel.ipynb #fea7a9e2
 def panel(method='avdd', dataset='soundshapes', preset='quick', *, ipc=1, steps=None, seed=0, device='cpu', data=None,
           root=None, **options):
     """A panel for `method` on `dataset`: settings, cost, Distil, Stop, Resume, Evaluate, Save, Compare, live views.

@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'LOOK', 'clock', 'in_words', 'Curves', 'now_html', 'say', 'with_still', 'shell_line', 'Watch',
            'finished_runs', 'side_by_side_html', 'watch']
 
-# %% ../nbs/watch.ipynb #dba79af6
+# %% ../nbs/watch.ipynb #76e95b4f
 import base64, math, shlex, threading, time
 from pathlib import Path
 import ipywidgets as W
@@ -16,7 +16,7 @@ from .store import read_json
 from .views.page import esc
 from .views.picture import data_uri, png_of_array
 
-# %% ../nbs/watch.ipynb #d37f42fd
+# %% ../nbs/watch.ipynb #8896617f
 def clock(seconds):
     "Seconds in words: '8 s', '3 min 20 s', '2 h 5 min'; '' for NaN."
     if math.isnan(seconds): return ''
@@ -36,7 +36,7 @@ def in_words(at):
     memory = f'{at.memory_mb:,.0f} MB' if at.memory_mb and at.step else ''
     return ' · '.join(filter(None, [WORDS[at.phase], step, loss, time_, left, memory, at.reason]))
 
-# %% ../nbs/watch.ipynb #3e572584
+# %% ../nbs/watch.ipynb #58eedeb8
 class Curves(W.Box):
     "The loss and its terms of a run, live: `draw(events)` with all events so far."
     def __init__(self, width=560):
@@ -64,7 +64,7 @@ class Curves(W.Box):
         base.update_layout(width=self.width, height=380, uirevision='stay')
         self.children = [go.FigureWidget(base)]
 
-# %% ../nbs/watch.ipynb #7ab88995
+# %% ../nbs/watch.ipynb #fc082856
 def now_html(start, now, step, per_class=2, max_classes=10, height=44, gap=4):
     "HTML of the first pairs of each class at the start and `now` (`SyntheticSet`), with class names, and alt text."
     from avdd_nb.views import grid
@@ -93,7 +93,7 @@ def _rows(states, per_class, names):
         limits = grid.range_of(spec.denormalise(torch.cat(cut['start'][m]).float()))
         for head, by in cut.items(): yield m, head, [list(grid.paint(x.detach(), spec, limits)) for x in by[m]]
 
-# %% ../nbs/watch.ipynb #0060e371
+# %% ../nbs/watch.ipynb #f7c12e18
 LOOK = """<style>
 .avdd-help { font-size: 12px; line-height: 1.3; opacity: .75; white-space: normal; }
 .avdd-title { font-size: 16px; font-weight: 600; margin: 2px 0; overflow-wrap: anywhere; line-height: 1.4; }
@@ -119,13 +119,13 @@ def say(text, kind=''):
     "HTML of one line of news that a screen reader speaks when it changes; `kind` colours it (see LOOK)."
     return f'<div class="avdd-say {esc(kind)}" role="status" aria-live="polite">{esc(text)}</div>' if text else ''
 
-# %% ../nbs/watch.ipynb #1b6461db
+# %% ../nbs/watch.ipynb #3ff55119
 def with_still(bundle, still):
     "The mime bundle of a widget with a picture (PNG bytes, words) beside it."
     png, alt = still
     return bundle | {'text/plain': alt} | ({'image/png': base64.b64encode(png).decode()} if png else {})
 
-# %% ../nbs/watch.ipynb #521bcfee
+# %% ../nbs/watch.ipynb #32530bb2
 def shell_line(run):
     "The command that makes, or goes on with, the run in this folder."
     c = read_json(Path(run)/'config.json')['run']
@@ -136,7 +136,7 @@ def shell_line(run):
     return ' '.join(['avdd distill', *given, *(['--bf16'] if c.get('bf16') else []), f'--out {shlex.quote(str(run))}',
                      '--resume'])
 
-# %% ../nbs/watch.ipynb #1d00ea17
+# %% ../nbs/watch.ipynb #79edeec3
 class Watch(W.VBox):
     """A live view of the run in folder `run` (None: none yet), with Stop, Resume, Evaluate, Save and Compare.
 
@@ -147,7 +147,7 @@ class Watch(W.VBox):
         self._evaluation = evaluation or {}
         self._widgets(before)
         super().__init__([W.HTML(LOOK), self.title, self.buttons, self.bar, self.news, self.side, self.results,
-                          self.look, self.others, self.more], layout=W.Layout(width='100%', overflow='visible'))
+                          self.look, self.others, self.more], layout=W.Layout(width='auto', overflow='visible'))
         self.follow(run)
 
     def follow(self, run):
@@ -163,7 +163,7 @@ class Watch(W.VBox):
         self.keep_looking()
         return self
 
-# %% ../nbs/watch.ipynb #ea77199a
+# %% ../nbs/watch.ipynb #c4ea73f0
 @patch
 def _repr_mimebundle_(self: Watch, **kw):
     return with_still(W.VBox._repr_mimebundle_(self, **kw), self.still())
@@ -183,7 +183,7 @@ def keep_looking(self: Watch):
         self._thread = threading.Thread(target=self._look_on, daemon=True)
         self._thread.start()
 
-# %% ../nbs/watch.ipynb #15985758
+# %% ../nbs/watch.ipynb #dc6dddd7
 def _button(text, tip, call, **look):
     made = W.Button(description=text, tooltip=tip, disabled=True, layout=W.Layout(width='auto', min_width='5.5em'),
                     **look)
@@ -194,24 +194,23 @@ def _button(text, tip, call, **look):
 def _widgets(self: Watch, before):
     "Makes the parts that are shown."
     self.title, self.news = W.HTML(), W.HTML()
-    self.stop = _button('Stop', 'Stop after this step; a checkpoint is written', self._stop, icon='stop')
-    self.resume = _button('Resume', 'Go on from the last checkpoint, to the same bits', self._resume, icon='play')
+    self.stop = _button('Stop', 'Stop after this step; a checkpoint is written', self._stop)
+    self.resume = _button('Resume', 'Go on from the last checkpoint, to the same bits', self._resume)
     self.evaluate = _button('Evaluate', 'Train networks on the synthetic set and score them on real test data',
-                            self._evaluate, icon='check')
-    self.save = _button('Save', 'Write a report as one HTML file, and offer the set for download', self._save,
-                        icon='save')
-    self.compare = _button('Compare', 'Put other finished runs beside this one', self._beside, icon='columns')
-    row = W.Layout(display='flex', flex_flow='row wrap', width='100%', overflow='visible')
-    self.buttons = W.Box([*before, self.stop, self.resume, self.evaluate, self.save, self.compare], layout=row)
-    self.bar = W.FloatProgress(value=0, max=1, bar_style='info', layout=W.Layout(width='100%', height='14px'))
+                            self._evaluate)
+    self.save = _button('Save', 'Write a report as one HTML file, and offer the set for download', self._save)
+    self.compare = _button('Compare', 'Put other finished runs beside this one', self._beside)
+    row = lambda: W.Layout(display='flex', flex_flow='row wrap', width='auto', overflow='visible')
+    self.buttons = W.Box([*before, self.stop, self.resume, self.evaluate, self.save, self.compare], layout=row())
+    self.bar = W.FloatProgress(value=0, max=1, bar_style='info', layout=W.Layout(width='auto', height='14px'))
     self.curves = Curves()
     self.pictures = W.HTML(layout=W.Layout(flex='1 1 300px', min_width='280px', max_width='100%', overflow='auto'))
-    self.side = W.Box([self.curves, self.pictures], layout=row)
-    self.results, self.look = W.HTML(), W.Output(layout=W.Layout(width='100%'))
+    self.side = W.Box([self.curves, self.pictures], layout=row())
+    self.results, self.look = W.HTML(), W.Output(layout=W.Layout(width='auto'))
     self.others, self.logs = W.VBox([]), W.HTML()
     self.more = W.Accordion([self.logs], titles=('Log and command',))
 
-# %% ../nbs/watch.ipynb #0d5ec804
+# %% ../nbs/watch.ipynb #1f497596
 @patch
 def refresh(self: Watch):
     "Looks at the folder once and shows what has changed. Returns whether something is at work there."
@@ -251,7 +250,7 @@ def _look_on(self: Watch):
     time.sleep(.5)
     self.refresh()
 
-# %% ../nbs/watch.ipynb #00eed3a4
+# %% ../nbs/watch.ipynb #7770c3db
 @patch
 def _show_standing(self: Watch, at, jobs_):
     self.title.value = f'<div class="avdd-title">{esc(self.run.name)}</div>'
@@ -282,7 +281,7 @@ def _show_log(self: Watch):
 
 _COLOUR = dict(done='success', failed='danger', stopped='warning')
 
-# %% ../nbs/watch.ipynb #671396f4
+# %% ../nbs/watch.ipynb #c09bf379
 @patch
 def _show_progress(self: Watch, at):
     "New events into the curves; a new checkpoint into the pictures."
@@ -300,7 +299,7 @@ def _show_pictures(self: Watch):
     now, step = as_it_stands(self.run)
     self.pictures.value = now_html(self._start, now, step)
 
-# %% ../nbs/watch.ipynb #db1174ce
+# %% ../nbs/watch.ipynb #e1fe691c
 @patch
 def _show_results(self: Watch):
     from avdd_nb.report import table_html
@@ -333,11 +332,11 @@ def still_html(picture):
 def _show_look(self: Watch):
     "The wall of the run from its start to its result: pictures, sounds, time-lapse."
     from avdd_nb.views.wall import run_wall
-    bundle = run_wall(self.run, per_class=4, max_classes=10)._repr_mimebundle_()
+    bundle = run_wall(self.run, per_class=4, max_classes=10, sounds=20)._repr_mimebundle_()
     bundle.pop('image/png', None)
     self.look.outputs = ({'output_type': 'display_data', 'data': bundle, 'metadata': {}},)
 
-# %% ../nbs/watch.ipynb #82234cb4
+# %% ../nbs/watch.ipynb #61d022af
 @patch
 def _do(self: Watch, work):
     "Does `work`, tells its sentence if it fails, and looks on."
@@ -361,7 +360,7 @@ def _resume(self: Watch):
         jobs.start(self.run, config=config, root=self.root and str(self.root), device=self.device)
     self._do(work)
 
-# %% ../nbs/watch.ipynb #2861d794
+# %% ../nbs/watch.ipynb #2b7e1c95
 @patch
 def _evaluate(self: Watch):
     what = dict(root=self.root and str(self.root), device=self.device)
@@ -384,7 +383,7 @@ def download_html(path, limit_mb=20):
     uri = data_uri(path.read_bytes(), 'application/octet-stream')
     return f'<a download="{esc(path.parent.name)}.safetensors" href="{uri}">Download the synthetic set</a>'
 
-# %% ../nbs/watch.ipynb #950b78b9
+# %% ../nbs/watch.ipynb #ee2f561d
 def finished_runs(folder=None):
     "Folders of finished runs in `folder` (default: `runs_dir()`), the newest first."
     folder = Path(folder or jobs.runs_dir())
@@ -399,7 +398,7 @@ def side_by_side_html(runs):
     silent = [run.name for run in runs if not list(run.glob('evaluation-*.json'))]
     return stills + (say(f'Not evaluated yet: {", ".join(silent)}.') if silent else '')
 
-# %% ../nbs/watch.ipynb #e738bf5d
+# %% ../nbs/watch.ipynb #a29d68af
 @patch
 def _beside(self: Watch):
     "Opens the comparison, or closes it."
@@ -416,7 +415,7 @@ def _beside(self: Watch):
     show()
     self.others.children = [choice, shown]
 
-# %% ../nbs/watch.ipynb #7b172887
+# %% ../nbs/watch.ipynb #136ecd68
 def watch(run, root=None, device='cpu'):
     "A live view of the run in this folder, at work or finished, whoever started it. Open it as often as you like."
     if not (Path(run)/'config.json').exists() and not (Path(run)/'.job').exists():

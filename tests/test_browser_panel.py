@@ -1,0 +1,82 @@
+"""The panel in a real browser: a slider, Distil, Stop, reload, Resume, Evaluate; nothing leaves here."""
+import re
+
+import pytest
+from test_browser import CHROMIUM, MISSING, browser, lab, open_notebook, playwright, write_notebook
+
+__all__ = ['browser', 'lab', 'playwright']                                          # fixtures of that file, used here
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(400), pytest.mark.skipif(not CHROMIUM, reason=MISSING)]
+
+TINY = "steps=400, data=dict(n_train=100, n_test=50), width=8, pool_size=2, real_batch=8, features='random'"
+POINTS = "() => Math.max(0, ...[...document.querySelectorAll('.js-plotly-plot')].map(g => g.data?.[0]?.x?.length || 0))"
+
+
+def panel_notebook(path, line):
+    write_notebook(path, [f'from avdd_nb.panel import panel\n{line}', "print('END' + '-MARK')"])
+
+
+def run_all(page):
+    page.get_by_role('menuitem', name='Run', exact=True).click()
+    page.get_by_text('Run All Cells', exact=True).click()
+    page.wait_for_selector('.jp-OutputArea-output:has-text("END-MARK")', state='attached', timeout=120_000)
+    errors = page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts()
+    assert not errors, errors
+
+
+def button(page, name):
+    return page.get_by_role('button', name=name, exact=True).first
+
+
+def press(page, name):
+    "Presses a button of the panel once it can be pressed."
+    button(page, name).wait_for(state='visible', timeout=60_000)
+    page.wait_for_function("b => !b.disabled", arg=button(page, name).element_handle(), timeout=120_000)
+    button(page, name).click()
+
+
+def wait_for_news(page, words, seconds=120):
+    page.locator('.avdd-say').get_by_text(re.compile(words)).first.wait_for(state='attached', timeout=seconds*1000)
+
+
+def slide(page, name, key='ArrowRight'):
+    "Moves the slider of the field `name` by one key press; returns what it shows."
+    row = page.locator('.widget-inline-hbox', has=page.get_by_text(name, exact=True)).first
+    row.locator('.noUi-handle').press(key)
+    page.wait_for_timeout(300)
+    return row.locator('.widget-readout').inner_text()
+
+
+def distil_and_stop(page, shots):
+    page.screenshot(path=shots/'panel.png')
+    assert slide(page, 'factor') == '2'
+    press(page, 'Distil')
+    page.wait_for_function(f'({POINTS})() > 5', timeout=120_000)
+    first = page.evaluate(POINTS)
+    page.wait_for_function(f'({POINTS})() > {first}', timeout=60_000)
+    assert page.locator('.avdd-now img').count() == 1
+    page.screenshot(path=shots/'running.png')
+    press(page, 'Stop')
+    wait_for_news(page, 'stopped.*step')
+
+
+def test_panel_in_jupyterlab(browser, lab, tmp_path):
+    folder = lab[0]
+    panel_notebook(folder/'panel.ipynb', f"panel('dm', {TINY})")
+    page = open_notebook(browser, lab, 'panel.ipynb')
+    run_all(page)
+    distil_and_stop(page, tmp_path)
+    page.keyboard.press('Control+s')
+    page.wait_for_timeout(2500)
+    page.reload()                                                                   # the kernel lives, the page is new
+    page.wait_for_selector('text=/Python 3 .*\\| Idle/', timeout=90_000)
+    wait_for_news(page, 'stopped.*step')
+    page.screenshot(path=tmp_path/'reloaded.png')
+    press(page, 'Resume')
+    wait_for_news(page, 'finished.*step 400 of 400')
+    press(page, 'Evaluate')
+    page.locator('.avdd-table td', has_text='whole data').or_(
+        page.locator('.avdd-table th', has_text='whole data')).first.wait_for(state='attached', timeout=180_000)
+    page.locator('avdd-wall').wait_for(state='attached', timeout=60_000)
+    page.screenshot(path=tmp_path/'finished.png')
+    page.close()
+    assert browser.outside == []
