@@ -42,7 +42,9 @@ PLACE = """([g, number]) => { const l = g._fullLayout, r = g.getBoundingClientRe
 
 def click_point(page, plot, number):
     plot.scroll_into_view_if_needed()
-    x, y = page.evaluate(PLACE, [plot.element_handle(), number])
+    where = [plot.element_handle(), number]
+    page.wait_for_function(PLACE, arg=where, timeout=30_000)                          # drawn, with its points
+    x, y = page.evaluate(PLACE, where)
     page.mouse.move(x - 30, y - 30)
     page.mouse.move(x, y, steps=5)
     page.wait_for_timeout(300)

@@ -1,0 +1,93 @@
+"""How long a click in the live map takes, from the mouse to the sound's element, and what a map of many points costs.
+
+python benchmarks/map_click.py [--points 5000] [--browser]     (one thread; --browser clicks in a real JupyterLab)
+"""
+import argparse
+import statistics
+import time
+
+import torch
+
+from avdd_nb.data import soundshapes
+from avdd_nb.synset import from_real
+from avdd_nb.views.map import pair_map
+
+
+def clicks(points, n=30):
+    "(seconds until the map is built, seconds of each of n clicks inside Python)."
+    data = soundshapes.load(n_train=points - 40, n_test=10).train
+    syn = from_real(data, torch.stack([i[:4] for i in data.class_indices]), factor=2)
+    start = time.perf_counter()
+    live = pair_map(data, syn, 'random', max_real=points, cards=0).live().map
+    built, took = time.perf_counter() - start, []
+    for i in torch.linspace(0, points - 1, n).long().tolist():
+        start = time.perf_counter()
+        live.show([i])
+        took.append(time.perf_counter() - start)
+    return built, took
+
+
+def show(what, seconds):
+    ordered = sorted(1000*s for s in seconds)
+    print(f'{what}: median {statistics.median(ordered):.0f} ms, slowest {ordered[-1]:.0f} ms, n = {len(ordered)}')
+
+
+CELL = """
+import torch
+from avdd_nb.data import soundshapes
+from avdd_nb.synset import from_real
+from avdd_nb.views.map import pair_map
+data = soundshapes.load(n_train={points} - 40, n_test=10).train
+syn = from_real(data, torch.stack([i[:4] for i in data.class_indices]), factor=2)
+pair_map(data, syn, 'random', max_real={points}, cards=0).live()
+"""
+WATCH = """() => { window.took = []; let down = 0, before = null;
+  const card = () => document.querySelector('.avdd-card audio');
+  document.addEventListener('mousedown', () => { down = performance.now(); before = card(); }, true);
+  const look = () => { if (down && card() && card() !== before) {
+    window.took.push(performance.now() - down); down = 0; } };
+  new MutationObserver(look).observe(document.body, {childList: true, subtree: true}); }"""
+
+
+def browser_clicks(points, n=12):
+    "Seconds from pressing the mouse to the sound's element, for n clicks in JupyterLab."
+    import sys
+    import tempfile
+    from pathlib import Path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
+    import test_browser as tb
+    from test_browser_views import click_point, run_all
+
+    class Folders:
+        def mktemp(self, name): return Path(tempfile.mkdtemp(prefix=name))
+
+    unwrap = lambda fixture: getattr(fixture, '_fixture_function', None) or fixture.__wrapped__
+    with tb.api.sync_playwright() as pw:
+        browsers, labs = unwrap(tb.browser)(pw, Folders()), unwrap(tb.lab)(Folders())
+        browser, lab = next(browsers), next(labs)
+        try:
+            tb.write_notebook(lab[0]/'map.ipynb', [CELL.format(points=points), "print('END' + '-MARK')"])
+            page = tb.open_notebook(browser, lab, 'map.ipynb')
+            run_all(page)
+            plot = page.locator('.js-plotly-plot').first
+            plot.wait_for(timeout=60_000)
+            page.wait_for_timeout(3000)
+            page.evaluate(WATCH)
+            for k in range(n):
+                click_point(page, plot, points - 40 + 3*k)
+                page.wait_for_function('k => window.took.length > k', arg=k, timeout=20_000)
+            return [t/1000 for t in page.evaluate('window.took')]
+        finally:
+            for fixture in (labs, browsers): next(fixture, None)
+
+
+if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--points', type=int, default=5000)
+    parser.add_argument('--browser', action='store_true')
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    built, took = clicks(args.points)
+    print(f'{args.points} points: embedded, placed and drawn in {built:.1f} s')
+    show('click to cards, in Python', took)
+    if args.browser: show('mouse to sound element, in JupyterLab', browser_clicks(args.points))
