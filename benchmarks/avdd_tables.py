@@ -36,7 +36,9 @@ FULL = avdd(1, 10, 10)
 TABLES = {   # table → the paper's name of a row → (method, options)
     'control': {f'DM, step size × {k}': dm(k, **TILES) for k in (.1, .3, 1, 3, 10, 21, 41, 100)}
     | {f'AVDD, λ = {k}': avdd(1, k, k) for k in (1, 10, 20)},
-    '3': {'Random': CHOOSING['Random'], 'Herding': CHOOSING['Herding'], 'DM': dm(), 'AVDD': FULL},
+    '2': {f'DM, {head}': dm() + (dict(head=head),) for head in ('ensemble', 'sum', 'concat', 'attention')},
+    '3': {'Random': CHOOSING['Random'], 'Herding': CHOOSING['Herding'], 'DC': ('dc', dict(lr=5.)),
+          'DSA': ('dsa', dict(lr=5.)), 'MTT': ('mtt', {}), 'DM': dm(), 'AVDD': FULL},
     '4 (left: losses)': CHOOSING | {
         'Herding+Factor+Base': avdd(1), 'Herding+Factor+ICM': avdd(0, 10), 'Herding+Factor+CGM': avdd(0, 0, 10),
         'Herding+Factor+Base+ICM': avdd(1, 10), 'Herding+Factor+Base+CGM': avdd(1, 0, 10),
@@ -48,6 +50,8 @@ TABLES = {   # table → the paper's name of a row → (method, options)
         'Random+Factor+Base': avdd(1, init='random'),
         'Random+Factor+Base+ICM+CGM': avdd(1, 10, 10, init='random'),
         'Herding+Factor+Base': avdd(1), 'Herding+Factor+Base+ICM+CGM': FULL},
+    '5': {f'{name}, {arch}': method + (dict(arch=arch),) for name, method in (('DM', dm()), ('AVDD', FULL))
+          for arch in ('ConvNet', 'VGG11', 'LeNet', 'ResNet18', 'AlexNet')},
     '7': CHOOSING | {
         'Herding+Factor+Base': avdd(1), 'Herding+Factor+Base+SCMM': avdd(1, scmm=1),
         'Herding+Factor+Base+RSCMM': avdd(1, rscmm=1), 'Herding+Factor+Base+SCMM+RSCMM': avdd(1, scmm=1, rscmm=1)},
@@ -68,61 +72,83 @@ SCALES = {
 }
 
 
+def rows_asked(table):
+    "(label, method, options, changes of the evaluation) of a table, without methods that are not there (yet)."
+    from avdd_nb.methods.base import methods
+    for label, (method, options, *changes) in TABLES[table].items():
+        if method in methods():
+            yield label, method, options, changes[0] if changes else {}
+
+
+def settings(method, options, scale):
+    "All options of a method at this scale: the row's own over the common ones that it knows."
+    from dataclasses import fields
+
+    from avdd_nb.methods.base import methods
+    if method == 'random':
+        return options
+    cls = methods()[method]
+    common, known = SCALES[scale]['learner' if cls.learns else 'choice'], {f.name for f in fields(cls)}
+    return {k: v for k, v in common.items() if k in known} | options
+
+
+def first_seed(table, method):
+    return OTHER_SEEDS.get(table, 0) if method == 'dm' else 0
+
+
 def jobs(args):
-    "All cells as (dataset, ipc, label, method, options, seed), without repetition: small budgets and seeds first."
-    scale, seen = SCALES[args.scale], {}
-    for ipc in args.ipc or scale['ipc']:
+    "All cells as (dataset, ipc, label, method, options, seed, changes), without repetition: small budgets first."
+    seen = {}
+    for ipc in args.ipc or SCALES[args.scale]['ipc']:
         for table in args.tables:
             for dataset in args.datasets:
-                for label, (method, options) in TABLES[table].items():
+                for label, method, options, changes in rows_asked(table):
                     if args.rows and label not in args.rows:
                         continue
-                    common = scale['learner'] if method in ('avdd', 'dm') else scale['choice']
-                    common = {} if method == 'random' else common
-                    first = OTHER_SEEDS.get(table, 0) if method == 'dm' else 0
-                    for seed in range(first, first + args.seeds):
-                        item = dataset, ipc, label, method, common | options, seed
-                        seen.setdefault(str((dataset, ipc, method, sorted(item[4].items()), seed)), item)
+                    options = settings(method, options, args.scale)
+                    for seed in range(first_seed(table, method), first_seed(table, method) + args.seeds):
+                        item = dataset, ipc, label, method, options, seed, changes
+                        key = dataset, ipc, method, sorted(options.items()), seed, sorted(plain(changes).items())
+                        seen.setdefault(str(key), item)
     return list(seen.values())
+
+
+def plain(changes):
+    "The changes that change something: the default head and network are none."
+    return {k: v for k, v in changes.items() if v not in ('ensemble', 'ConvNet')}
 
 
 SPLITS = {}
 
 
-def cell(dataset, ipc, label, method, options, seed, args):
+def cell(dataset, ipc, label, method, options, seed, changes, args):
     "The rows of one cell."
     from avdd_nb.data.catalog import load
     from avdd_nb.evaluate import make_protocol
     from avdd_nb.runs import make_config
     scale = SCALES[args.scale]
-    name, changes = scale['protocol']
+    name, recipe = scale['protocol']
     config = make_config(dataset, method, ipc, scale['steps'], seed, scale['data'][dataset], options)
     if dataset not in SPLITS:
         SPLITS[dataset] = load(dataset, args.data_root, **scale['data'][dataset])
     seeds = [args.evaluations * seed + i for i in range(args.evaluations)]
-    return measure(config, Path(args.out) / config.hash, make_protocol(name, **changes), seeds, SPLITS[dataset],
-                   args.data_root, args.device)
+    return measure(config, Path(args.out) / config.hash, make_protocol(name, **recipe | changes), seeds,
+                   SPLITS[dataset], args.data_root, args.device)
 
 
 def rows_of(rows, table, dataset, ipc, fusion='mean', scale='small'):
     "The measured rows of one table as label → list of rows; modality 'AV' under `fusion`, and every single one."
     import json
     found = {}
-    for label, (method, options) in TABLES[table].items():
-        seeds_from = OTHER_SEEDS.get(table, 0) if method == 'dm' else 0
+    for label, method, options, changes in rows_asked(table):
+        wanted, first = settings(method, options, scale), first_seed(table, method)
+        evaluation = dict(arch='ConvNet', head='ensemble') | changes
         mine = [r for r in rows if r['dataset'] == dataset and int(r['ipc']) == ipc and r['method'] == method
-                and int(r['distill_seed']) >= seeds_from and r['fusion'] in ('', fusion)
-                and _same(json.loads(r['options']), options, method, scale)]
-        if table not in OTHER_SEEDS:
-            mine = [r for r in mine if int(r['distill_seed']) < 10]
+                and r['fusion'] in ('', fusion) and first <= int(r['distill_seed']) < first + 10
+                and json.loads(r['options']) == wanted and all(r[k] == v for k, v in evaluation.items())]
         if mine:
             found[label] = mine
     return found
-
-
-def _same(there, options, method, scale):
-    common = SCALES[scale]['learner'] if method in ('avdd', 'dm') else SCALES[scale]['choice']
-    return there == ({} if method == 'random' else common | options)
 
 
 def show(rows, scale='small'):
