@@ -38,7 +38,7 @@ TABLES = {   # table → the paper's name of a row → (method, options)
     | {f'AVDD, λ = {k}': avdd(1, k, k) for k in (1, 10, 20)},
     '2': {f'DM, {head}': dm() + (dict(head=head),) for head in ('ensemble', 'sum', 'concat', 'attention')},
     '3': {'Random': CHOOSING['Random'], 'Herding': CHOOSING['Herding'], 'DC': ('dc', dict(lr=5.)),
-          'DSA': ('dsa', dict(lr=5.)), 'MTT': ('mtt', {}), 'DM': dm(), 'AVDD': FULL},
+          'DSA': ('dsa', dict(lr=5.)), 'MTT': ('mtt', {}), 'DM': dm(), 'AVDD': FULL, 'Whole data': ('whole', {})},
     '4 (left: losses)': CHOOSING | {
         'Herding+Factor+Base': avdd(1), 'Herding+Factor+ICM': avdd(0, 10), 'Herding+Factor+CGM': avdd(0, 0, 10),
         'Herding+Factor+Base+ICM': avdd(1, 10), 'Herding+Factor+Base+CGM': avdd(1, 0, 10),
@@ -76,7 +76,7 @@ def rows_asked(table):
     "(label, method, options, changes of the evaluation) of a table, without methods that are not there (yet)."
     from avdd_nb.methods.base import methods
     for label, (method, options, *changes) in TABLES[table].items():
-        if method in methods():
+        if method in methods() or method == 'whole':
             yield label, method, options, changes[0] if changes else {}
 
 
@@ -85,7 +85,7 @@ def settings(method, options, scale):
     from dataclasses import fields
 
     from avdd_nb.methods.base import methods
-    if method == 'random':
+    if method in ('random', 'whole'):
         return options
     cls = methods()[method]
     common, known = SCALES[scale]['learner' if cls.learns else 'choice'], {f.name for f in fields(cls)}
@@ -128,12 +128,26 @@ def cell(dataset, ipc, label, method, options, seed, changes, args):
     from avdd_nb.runs import make_config
     scale = SCALES[args.scale]
     name, recipe = scale['protocol']
-    config = make_config(dataset, method, ipc, scale['steps'], seed, scale['data'][dataset], options)
     if dataset not in SPLITS:
         SPLITS[dataset] = load(dataset, args.data_root, **scale['data'][dataset])
+    if method == 'whole':
+        return whole(SPLITS[dataset], dataset, make_protocol(name, **recipe, epochs_whole=10), seed, args)
+    config = make_config(dataset, method, ipc, scale['steps'], seed, scale['data'][dataset], options)
     seeds = [args.evaluations * seed + i for i in range(args.evaluations)]
     return measure(config, Path(args.out) / config.hash, make_protocol(name, **recipe | changes), seeds,
                    SPLITS[dataset], args.data_root, args.device)
+
+
+def whole(splits, dataset, protocol, seed, args):
+    "The rows of networks trained on all real pairs, kept beside the runs."
+    from avdd_nb.evaluate import evaluate
+    from avdd_nb.store import read_json, write_json
+    kept = Path(args.out) / f'whole-{splits.train.hash}-{protocol.digest}-{seed}.json'
+    if not kept.exists():
+        facts = dict(run=f'whole-{splits.train.hash}', dataset=dataset, method='whole', ipc=0, steps=0,
+                     distill_seed=seed, options='{}', distill_seconds=0.)
+        write_json(kept, [facts | row for row in evaluate(splits.train.to(args.device), splits.test, protocol, [seed])])
+    return read_json(kept)
 
 
 def rows_of(rows, table, dataset, ipc, fusion='mean', scale='small'):
@@ -143,7 +157,8 @@ def rows_of(rows, table, dataset, ipc, fusion='mean', scale='small'):
     for label, method, options, changes in rows_asked(table):
         wanted, first = settings(method, options, scale), first_seed(table, method)
         evaluation = dict(arch='ConvNet', head='ensemble') | changes
-        mine = [r for r in rows if r['dataset'] == dataset and int(r['ipc']) == ipc and r['method'] == method
+        mine = [r for r in rows if r['dataset'] == dataset and int(r['ipc']) == (0 if method == 'whole' else ipc)
+                and r['method'] == method
                 and r['fusion'] in ('', fusion) and first <= int(r['distill_seed']) < first + 10
                 and json.loads(r['options']) == wanted and all(r[k] == v for k, v in evaluation.items())]
         if mine:
