@@ -14,7 +14,7 @@ from ..match import coreset
 from ..match.cfd import cfd, characteristic, frequencies
 from ..match.pool import RandomNets
 from .base import Matching
-from ..nets.encoders import NETWORKS
+from ..nets.pretrained import NETWORKS
 
 # %% ../../nbs/methods/imagebinddc.ipynb #4a1cdf65
 @dataclass(frozen=True)

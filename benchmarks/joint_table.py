@@ -1,0 +1,193 @@
+"""One table for the methods that claim to use the pairing: accuracy, other networks, cross-modal measures, cost.
+
+    python benchmarks/joint_table.py --data-root DATA        # resumable: stop it and start it again
+    python benchmarks/joint_table.py --print                 # only the tables, from the results file
+    python benchmarks/joint_table.py --tune                  # DAVDD-style on a validation split of the training data
+
+Every cell (data set, method, budget, seed) is a run folder and one file of rows; a cell that is done is never done
+twice. After each cell benchmarks/results/joint.csv is written anew, whole or not at all.
+"""
+import argparse
+import sys
+from multiprocessing import get_context
+from pathlib import Path
+
+HERE = Path(__file__).parent
+DATA = {'soundshapes': dict(n_train=800, n_test=400), 'avmnist': dict(n_train=800, n_test=400)}
+TILED = dict(init='herding', factor=2)
+LABELS = {   # row of the table → (method, its options)
+    'Random': ('random', {}),
+    'Herding': ('herding', {}),
+    'Herding + tiles, undistilled': ('tiled', {}),
+    'DM': ('dm+h+f', {}),
+    'AVDD (10, 10)': ('avdd', {}),
+    'DM, lr × 21': ('dm+h+f', dict(lr=4.2)),
+    'ImageBindDC, ConvNet': ('imagebinddc', dict(TILED, encoder='convnet', n_freq=512)),
+    'ImageBindDC, joint encoder': ('imagebinddc', dict(TILED, encoder='joint', n_freq=512)),
+    'DAVDD-style': ('davdd-style', dict(bank_epochs=4)),
+}
+SELECTION = {'random', 'herding', 'tiled'}
+TRIALS = [dict(lr=lr) for lr in (1., 5., 20.)] + [dict(lam_cim=0.), dict(lam_sample=0.), dict(lam_dis=0.),
+                                                  dict(lam_dis=0., lam_sample=0., lam_cim=0.), dict(decouple=False),
+                                                  dict(trained_bank=False), dict(mix_private=True)]
+
+
+def options_of(label, args):
+    "(method, options) of one row of the table at this size."
+    method, options = LABELS[label]
+    if method in SELECTION: return method, options
+    size = dict(width=args.width, pool_size=args.pool_size)
+    return method, size | ({} if method == 'davdd-style' else dict(real_batch=args.real_batch)) | options
+
+
+def accuracy_rows(syn, test, args, seed):
+    "Accuracy by network, modality and fusion, as (measure, what, metric, seed, value)."
+    from avdd_nb.evaluate import evaluate, make_protocol
+    rows = []
+    for arch in ['ConvNet', *(args.archs if seed < args.arch_seeds else [])]:
+        protocol = make_protocol('thorough', updates=args.updates, width=args.width, arch=arch)
+        found = evaluate(syn, test, protocol, [100 * seed + i for i in range(args.evaluations)], workers=1)
+        rows += [dict(measure='accuracy', what=f"{r['modality']} {r['fusion']}".strip(), metric=arch, seed=r['seed'],
+                      value=r['accuracy']) for r in found]
+    return rows
+
+
+def cell(dataset, label, ipc, seed, splits, args):
+    "Distils, scores, measures; writes the rows of one cell to its file. Runs in a process of its own."
+    import psutil
+    import torch
+
+    from avdd_nb.pairing import pairing
+    from avdd_nb.runs import load_run, make_config, run
+    from avdd_nb.store import read_json, write_json
+    torch.set_num_threads(1)
+    out = folder(dataset, label, ipc, seed, args)
+    method, options = options_of(label, args)
+    before = psutil.Process().memory_info().rss / 2**20
+    list(run(make_config(dataset, method, ipc, args.steps, seed, DATA[dataset], options), out, splits=splits))
+    done = read_json(out / 'done.json')
+    syn = load_run(out)[1]
+    rows = [dict(measure='cost', what='distilling', metric='seconds', seed=0, value=done['seconds']),
+            dict(measure='cost', what='distilling', metric='MB above start', seed=0,
+                 value=max(0., done['memory_mb'] - before))]
+    rows += accuracy_rows(syn, splits.test, args, seed)
+    if seed < args.pairing_seeds: rows += pairing(syn, splits.test, updates=args.pairing_updates)
+    same = dict(dataset=dataset, label=label, ipc=ipc, distill_seed=seed, steps=args.steps, width=args.width,
+                n_train=len(splits.train), updates=args.updates)
+    write_json(out / 'rows.json', [same | row for row in rows])
+
+
+def folder(dataset, label, ipc, seed, args):
+    "Where a cell lives."
+    name = ''.join(c if c.isalnum() else '_' for c in label)
+    return Path(args.out) / f'{dataset}-{name}-ipc{ipc}-seed{seed}'
+
+
+def tune(args, fork):
+    "Rows of DAVDD-style with one thing changed at a time, scored on a fifth of the training data; resumable."
+    from avdd_nb.store import read_json
+    for dataset in args.datasets:
+        rest, val = load_data(dataset, args).train.split(.2, seed=1)
+        for i, trial in enumerate(TRIALS):
+            path = Path(args.out) / f'tune-{dataset}-{i}.json'
+            if not path.exists(): in_child(fork, trial_rows, dataset, trial, rest, val, path, args)
+    found = [r for path in sorted(Path(args.out).glob('tune-*.json')) for r in read_json(path)]
+    write_csv(found, args.results.with_name('joint_tuning.csv'))
+
+
+def trial_rows(dataset, trial, rest, val, path, args):
+    "Distils and scores one trial; two seeds, one pair per class."
+    import torch
+
+    from avdd_nb.distill import distill
+    from avdd_nb.evaluate import evaluate, make_protocol
+    from avdd_nb.methods.base import make_method
+    from avdd_nb.store import write_json
+    torch.set_num_threads(1)
+    method, options = options_of('DAVDD-style', args)
+    made, rows = make_method(method, **(options | trial)), []
+    for seed in range(2):
+        syn = made.begin(rest, 1, seed)
+        list(distill(made, syn, made.source(rest, seed), args.steps))
+        protocol = make_protocol('thorough', updates=args.updates, width=args.width)
+        rows += [dict(dataset=dataset, trial=' '.join(f'{k}={v}' for k, v in trial.items()), ipc=1, seed=seed,
+                      modality=r['modality'], fusion=r['fusion'], accuracy=r['accuracy'])
+                 for r in evaluate(syn, val, protocol, [seed], workers=1)]
+    write_json(path, rows)
+
+
+def load_data(dataset, args):
+    "`Splits` of one of the two worlds at the table's size."
+    from avdd_nb.data.catalog import load
+    return load(dataset, args.data_root, **DATA[dataset])
+
+
+def in_child(fork, job, *args):
+    "Runs `job(*args)` in a forked process, so that its peak memory is its own; a failure is told and stops nothing."
+    child = fork.Process(target=job, args=args)
+    child.start()
+    child.join()
+    if child.exitcode: print('failed:', *[a for a in args if isinstance(a, str | int)], flush=True)
+
+
+def write_csv(rows, path):
+    "Writes `rows` to `path`, whole or not at all."
+    import pandas as pd
+
+    from avdd_nb.store import atomic_write
+    if rows: atomic_write(path, pd.DataFrame(rows).round(5).to_csv(index=False))
+
+
+def gather(args):
+    "The rows of all finished cells, written to the results file."
+    from avdd_nb.store import read_json
+    rows = [r for path in sorted(Path(args.out).glob('*/rows.json')) for r in read_json(path)]
+    write_csv(rows, args.results)
+    return rows
+
+
+def show(path):
+    "The table: one line per data set, budget and method."
+    import pandas as pd
+    frame = pd.read_csv(path)
+    from avdd_nb.report import joint_table
+    print(joint_table(frame).to_markdown(floatfmt='.1f') if hasattr(pd.DataFrame, 'to_markdown') else frame)
+
+
+def main():
+    "Runs what is missing, then prints the table."
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--data-root')
+    p.add_argument('--out', default='runs/joint_table')
+    p.add_argument('--results', type=Path, default=HERE / 'results' / 'joint.csv')
+    p.add_argument('--datasets', nargs='+', default=list(DATA))
+    p.add_argument('--ipc', type=int, nargs='+', default=[1, 10])
+    p.add_argument('--seeds', type=int, default=3)
+    p.add_argument('--evaluations', type=int, default=2)
+    p.add_argument('--archs', nargs='*', default=['LeNet', 'AlexNet'])
+    p.add_argument('--arch-seeds', type=int, default=1)
+    p.add_argument('--steps', type=int, default=60)
+    p.add_argument('--width', type=int, default=16)
+    p.add_argument('--pool-size', type=int, default=8)
+    p.add_argument('--real-batch', type=int, default=64)
+    p.add_argument('--updates', type=int, default=100)
+    p.add_argument('--pairing-seeds', type=int, default=1)
+    p.add_argument('--pairing-updates', type=int, default=60)
+    p.add_argument('--print', action='store_true', dest='only_print')
+    p.add_argument('--tune', action='store_true')
+    args = p.parse_args()
+    if args.only_print: return show(args.results)
+    fork = get_context('fork')
+    if args.tune: return tune(args, fork)
+    splits = {d: load_data(d, args) for d in args.datasets}
+    todo = [(d, label, ipc, seed) for ipc in args.ipc for seed in range(args.seeds) for d in args.datasets
+            for label in LABELS]
+    for i, job in enumerate(todo):
+        if not (folder(*job, args) / 'rows.json').exists(): in_child(fork, cell, *job, splits[job[0]], args)
+        gather(args)
+        print(f'{i + 1}/{len(todo)}', *job, flush=True)
+    show(args.results)
+
+
+if __name__ == '__main__':
+    sys.exit(main())
