@@ -22,10 +22,10 @@ SIZES = {'soundshapes-text': dict(n_train=700, captions=3, n_val=200, n_test=500
          'soundshapes-depth': dict(n_train=700, n_test=500, image_size=24)}
 EPOCHS, WIDTH = 30, 16
 METHODS = {'Random': ('random', 0), 'Herding': ('herding', 0), 'K-center': ('kcenter', 0), 'MTT-VL': ('mtt-vl', 40),
-           'TESLA_WBCE': ('tesla-wbce', 40), 'LoRS': ('lors', 40), 'MDM': ('mdm', 60)}
+           'TESLA_WBCE': ('tesla-wbce', 40), 'LoRS': ('lors', 40), 'MDM': ('mdm', 150)}
 EXPERTS = dict(experts=3, expert_epochs=6, expert_lr=.5)
-WALKS = dict(EXPERTS, lr=10., lr_text=10.)
-OPTIONS = {'mdm': dict(EXPERTS, lr=3.), 'lors': dict(WALKS, lr_similarity=1.), 'tesla-wbce': WALKS, 'mtt-vl': WALKS}
+WALKS = dict(EXPERTS, lr=100., lr_text=100.)
+OPTIONS = {'mdm': dict(EXPERTS, lr=20.), 'lors': dict(WALKS, lr_similarity=1.), 'tesla-wbce': WALKS, 'mtt-vl': WALKS}
 ABLATIONS = {
     'data init': {i: dict(init=i) for i in ('noise', 'random', 'image-kmeans', 'text-kmeans', 'joint-kmeans')},
     'model init': {m: dict(merge=m) for m in ('anchor', 'expert', 'weighted', 'interpolation')},
@@ -76,8 +76,8 @@ def cells(seeds=3):
                 out.append(_cell('retrieval', row, 'soundshapes-text', method, n, seed, steps, archs))
         if seed == 0:
             out.append(Cell('retrieval', 'Full', 'soundshapes-text', '', 0, 0))
-        for table, rows in ABLATIONS.items() if seed < 2 else ():
-            out += [_cell(table, row, 'soundshapes-text', 'mdm', 100, seed, 60, **more) for row, more in rows.items()]
+        for table, rows in ABLATIONS.items() if seed < 1 else ():
+            out += [_cell(table, row, 'soundshapes-text', 'mdm', 100, seed, 150, **more) for row, more in rows.items()]
         for row, (method, steps) in {'Random': ('random', 0), 'Herding': ('herding', 0), 'DM': ('dm', 40)}.items():
             more = dict(width=16, pool_size=5, real_batch=64) if method == 'dm' else {}
             out += [_cell('depth-text', row, 'soundshapes-depth', method, n, seed, steps, **more)

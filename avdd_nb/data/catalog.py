@@ -55,20 +55,27 @@ SOURCES = {s.name: s for s in (
            'its scenes as depth maps with a text embedding; 10 classes', licence='made by this library'),
     Source('soundshapes-audiotext', 'avdd_nb.data.scenetext:load_audiotext',
            'its scenes as features of sound and captions; no classes', licence='made by this library'),
+    Source('flickr8k', 'avdd_nb.data.imagetext:load_flickr8k', '8,000 photographs, five captions each; no classes',
+           'flickr8k/ in the data root: pictures and dataset_flickr8k.json or Flickr8k.token.txt',
+           'avdd_nb.data.imagetext:check_flickr8k', 'research only (Flickr terms)'),
+    Source('flickr30k', 'avdd_nb.data.imagetext:load_flickr30k', '31,000 photographs, five captions each; no classes',
+           'flickr30k/ in the data root: flickr30k-images/ and dataset_flickr30k.json or flickr30k_train.json …',
+           'avdd_nb.data.imagetext:check_flickr30k', 'research only (Flickr terms)'),
+    Source('coco', 'avdd_nb.data.imagetext:load_coco', '123,000 photographs, five captions each; no classes',
+           'coco/ in the data root: train2014/, val2014/ and dataset_coco.json or coco_karpathy_train.json …',
+           'avdd_nb.data.imagetext:check_coco', 'CC BY 4.0 (captions), Flickr terms (pictures)'),
+    Source('nyuv2', 'avdd_nb.data.nyuv2:load', 'rooms: depth with the name of the scene; 10 classes',
+           'nyuv2/nyu_depth_v2_labeled.mat and nyuv2/splits.mat in the data root', 'avdd_nb.data.nyuv2:check',
+           'as the authors allow; cite Silberman et al. 2012'),
+    Source('clotho', 'avdd_nb.data.clotho:load', 'sounds with five captions, as features; no classes',
+           'clotho/clotho_captions_*.csv and clotho/development/*.wav … in the data root', 'avdd_nb.data.clotho:check',
+           'Tampere University (captions), Creative Commons of each sound'),
     Source('avmnist', 'avdd_nb.data.avmnist:load', 'handwritten digits paired with spoken ones; 10 classes',
            'MNIST/raw/*-ubyte.gz and fsdd/recordings/*.wav in the data root, or the network (30 MB)',
            'avdd_nb.data.avmnist:check', 'CC BY-SA 3.0 (MNIST), CC BY-SA 4.0 (FSDD)'),
     Source('videos', 'avdd_nb.data.videos:load', 'your own video files: the frame and the sound of one second',
            'a folder class/clip.mp4 (mkv, webm, mov, avi), given as folder=… or as videos/ in the data root',
-           'avdd_nb.data.videos:check', 'that of your files'),
-    *(Source(name, f'avdd_nb.data.released:{name}', about,
-             'the files that AVDD released: hf download --repo-type dataset sakshamsingh1/AVDD_data --local-dir '
-             '$AVDD_DATA/AVDD_data', f'avdd_nb.data.released:check_{name}', 'that of the videos; see the data set')
-      for name, about in dict(
-          vggs10k='one second of sound and a frame; 10 classes of VGGSound; 8,808 + 444 pairs (7 GB)',
-          ave='one second of sound and a frame; 28 events; 27,726 + 3,305 pairs (19 GB)',
-          music21='one second of sound and a frame; 21 instruments; 146,908 + 42,440 pairs (130 GB)',
-          vggsound='one second of sound and a frame; 309 classes; 165,000 + 13,000 pairs (110 GB)').items()))}
+           'avdd_nb.data.videos:check', 'that of your files'))}
 
 # %% ../../nbs/data/catalog.ipynb #a1855073
 def listing(root=None):
