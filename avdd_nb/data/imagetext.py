@@ -72,6 +72,7 @@ def read_rows(path):
         out[split] = list(captions.items())
     return out
 
+# %% ../../nbs/data/imagetext.ipynb #1f6c05a9
 def read_tokens(path):
     "The same of Flickr8k's `picture.jpg#k<TAB>caption` lines and its three lists of pictures."
     captions, lists = {}, dict(train='train', val='dev', test='test')
