@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avdd_nb.core import UserError
-from avdd_nb.match.coreset import SELECTORS, herding, kcenter, select
+from avdd_nb.match.coreset import (
+    SELECTORS,
+    forgetting,
+    forgetting_events,
+    gradient_norms,
+    herding,
+    kcenter,
+    select,
+    unforgettable,
+)
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'select.npz', allow_pickle=False)
 
@@ -47,6 +56,7 @@ def test_each_pick_is_a_best_one(n, D, shift, seed):
 def test_every_selector(name):
     gen = torch.Generator().manual_seed(0)
     features, labels = torch.randn(60, 4, generator=gen), torch.randint(3, (60,), generator=gen)
+    if SELECTORS[name].evidence not in ('nothing', 'features'): features = features[:, :1]       # a score
     smallest = torch.bincount(labels).min().item()
     state = torch.random.get_rng_state()
     table = select(name, features, labels, smallest, seed=1)
@@ -61,7 +71,7 @@ def test_every_selector(name):
 
 @pytest.mark.parametrize('name', SELECTORS)
 def test_duplicates_are_picked_once_each(name):
-    table = select(name, torch.ones(12, 3), torch.arange(12) % 2, 6)
+    table = select(name, torch.ones(12, 1), torch.arange(12) % 2, 6)
     assert table.sort().values.tolist() == [[0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]]
 
 
@@ -77,3 +87,41 @@ def test_refusals():
         select('random', torch.zeros(4, 1), torch.tensor([0, 0, 2, 2]), 1)
     with pytest.raises(UserError, match='NaN'):
         select('herding', torch.full((4, 1), torch.nan), torch.zeros(4, dtype=torch.long), 1)
+
+
+@pytest.mark.parametrize('i', range(2))
+def test_golden_forgetting_and_gradients(i):
+    g = lambda what: torch.from_numpy(GOLDEN[what])
+    events = forgetting_events(g(f'forget{i}_correct'))
+    assert events.tolist() == g(f'forget{i}_events').tolist()
+    never = forgetting_events(g(f'forget{i}_correct'), unlearned=torch.inf).isinf()
+    assert never.tolist() == g(f'forget{i}_never_learned').bool().tolist()
+    logits, features, labels = (g(f'grand{i}_{what}') for what in ('logits', 'features', 'labels'))
+    np.testing.assert_allclose(gradient_norms(logits, features, labels), GOLDEN[f'grand{i}_scores'], rtol=1e-5)
+
+
+@given(epochs=st.integers(1, 8), n=st.integers(1, 12), seed=st.integers(0, 2**31))
+def test_events_counted_in_a_loop(epochs, n, seed):
+    right = np.random.default_rng(seed).integers(0, 2, (epochs, n))
+    want = [sum(right[t - 1, i] == 1 and right[t, i] == 0 for t in range(1, epochs)) for i in range(n)]
+    assert forgetting_events(torch.from_numpy(right)).tolist() == want
+
+
+@given(n=st.integers(1, 30), seed=st.integers(0, 2**31))
+def test_the_two_directions_and_their_ties(n, seed):
+    "Sorted by score, whichever way; all of a tie have a chance."
+    scores = torch.from_numpy(np.random.default_rng(seed).integers(0, 4, (n, 1))).double()
+    most, least = (f(scores, n, torch.Generator().manual_seed(seed)) for f in (forgetting, unforgettable))
+    assert scores[most].flatten().tolist() == sorted(scores.flatten().tolist(), reverse=True)
+    assert scores[least].flatten().tolist() == sorted(scores.flatten().tolist())
+    assert sorted(most.tolist()) == sorted(least.tolist()) == list(range(n))
+
+
+def test_ties_are_fair():
+    first = [select('forgetting', torch.zeros(5, 1), torch.zeros(5, dtype=torch.long), 1, seed=s).item() for s in range(200)]
+    assert min(first.count(i) for i in range(5)) > 20
+
+
+def test_a_ranking_needs_scores():
+    with pytest.raises(UserError, match='one score a sample'):
+        select('grand', torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), 1)

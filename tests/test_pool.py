@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from avdd_nb.core import UserError
 from avdd_nb.data.paired import Modality, PairedData
 from avdd_nb.match import augment, coreset, start
 from avdd_nb.match.pool import FeaturePool, FreshDraws, random_nets, real_means
@@ -176,3 +177,40 @@ def test_modalities_of_any_two_sizes_embed_to_one():
                      image=Modality('image', 'image', (3, side, side)))
         dims = {m: net.dim for m, net in random_nets(kinds, 4, 'cpu', 's').items()}
         assert len(set(dims.values())) == 1, (side, dims)
+
+
+def test_evidence_of_training_against_a_plain_loop():
+    from avdd_nb.core import seed_of
+    from avdd_nb.nets.fusion import probabilities
+    from avdd_nb.train import Recipe, fit, new_model
+    d = made()
+    recipe = Recipe(epochs=10, width=32, lr_image=1e-3, schedule='constant', strategy='')
+    model, said = new_model(d.modalities, d.n_classes, recipe, seed_of('forgetting', 0)), []
+    def ask(e): said.append([int(probabilities(model(d.batch())).argmax(1)[i] == d.labels[i]) for i in range(len(d))])
+    fit(model, d.modalities, d.batch, d.labels, recipe, seed_of('forgetting', 0), ask)
+    want = [sum(a[i] and not b[i] for a, b in zip(said, said[1:])) for i in range(len(d))]
+    assert start.evidence(d, 'forgetting')[:, 0].tolist() == want
+
+
+def test_gradient_scores_are_those_of_backward():
+    from avdd_nb.core import seed_of
+    from avdd_nb.train import Recipe, fit, new_model
+    d = made()
+    recipe = Recipe(epochs=1, width=32, lr_image=1e-3, schedule='constant', strategy='')
+    model = new_model(d.modalities, d.n_classes, recipe, seed_of('grand', 0, 0))
+    fit(model, d.modalities, d.batch, d.labels, recipe, seed_of('grand', 0, 0))
+    x, want = d.batch(), []
+    for i in range(len(d)):
+        loss = model.loss(model({m: v[i:i + 1] for m, v in x.items()}), d.labels[i:i + 1])
+        grads = torch.autograd.grad(loss, list(model.heads.parameters()))
+        want.append(torch.cat([g.flatten() for g in grads]).norm().item())
+    found = start.gradient_scores(d, networks=1)[:, 0]
+    torch.testing.assert_close(found, torch.tensor(want), rtol=1e-3, atol=1e-5)
+
+
+def test_evidence_is_computed_once(monkeypatch):
+    d = made(seed=11)
+    first = start.starting_pairs(d, 'grand', 2)
+    monkeypatch.setitem(start.EVIDENCE, 'grand', None)
+    assert torch.equal(start.starting_pairs(d, 'grand', 1)[:, 0], first[:, 0])
+    with pytest.raises(UserError, match="did you mean 'grand'"): start.starting_pairs(d, 'grandd', 1)

@@ -44,6 +44,8 @@ JOINT = 'AV'    # what logits from all modalities together are called
 
 class Fusion(nn.Module):
     "Base of all heads: one network per modality, and linear layers on what they see."
+    one_length = False    # whether features of all modalities must be equally long
+
     def __init__(self, nets, n_classes, init='reference', guide=''):
         """nets: dict modality → module with `.embed(x) -> (B, dim)`, `.dim` and `.channels`.
 
@@ -102,6 +104,8 @@ class Together(Fusion):
 
 class Sum(Together):
     "One linear classifier on the sum of the features. Source: AVDD section 4.3."
+    one_length = True
+
     def layers(self, n_classes):
         "A single one."
         dims = {net.dim for net in self.nets}
