@@ -97,7 +97,8 @@ def _start(models, protocol, whole):
     "Puts the weights of networks trained on `whole` into `models`, if the protocol starts from such."
     if protocol.start == 'scratch': return
     if whole is None:
-        raise UserError(f"This protocol starts from networks trained on {protocol.start!r}: pass that data set as `whole`.")
+        raise UserError(f"This protocol starts from networks trained on {protocol.start!r}: "
+                        "pass that data set as `whole`.")
     source = trained_on(whole, protocol.for_size(len(whole), whole=True), seed_of('start'))
     source = dict(zip(source.modalities, source.nets))
     for model in models:

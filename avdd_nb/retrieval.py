@@ -53,7 +53,8 @@ class Shared(Fusion):
 # %% ../nbs/retrieval.ipynb #3715734c
 def shared_model(modalities, n_classes, recipe, seed):
     "An untrained `Shared` model of the recipe's networks; weights from `seed` alone."
-    if len(modalities) < 2: raise UserError(f"Retrieval needs two modalities, there is only {next(iter(modalities))!r}.")
+    if len(modalities) < 2:
+        raise UserError(f"Retrieval needs two modalities, there is only {next(iter(modalities))!r}.")
     nets = new_nets(modalities, recipe, 'retrieval', seed, one_length=True)
     with seeded('shared head', seed): return Shared(nets, n_classes)
 

@@ -48,7 +48,7 @@ def new_nets(modalities, recipe, *stream, one_length=False):
     """
     grid = common_grid([(s.shape, s.kind) for s in modalities.values()]) if one_length else None
     more = dict(grid=grid) if grid and recipe.arch == 'ConvNet' else {}
-    return {m: build(recipe.arch, s, width=recipe.width, seed=seed_of(*stream, m), **more) for m, s in modalities.items()}
+    return {m: build(recipe.arch, s, recipe.width, seed=seed_of(*stream, m), **more) for m, s in modalities.items()}
 
 def new_model(modalities, n_classes, recipe, seed):
     "An untrained `Fusion` for these modalities, of the recipe's networks and head; weights from `seed` alone."

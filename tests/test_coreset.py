@@ -118,7 +118,8 @@ def test_the_two_directions_and_their_ties(n, seed):
 
 
 def test_ties_are_fair():
-    first = [select('forgetting', torch.zeros(5, 1), torch.zeros(5, dtype=torch.long), 1, seed=s).item() for s in range(200)]
+    scores, labels = torch.zeros(5, 1), torch.zeros(5, dtype=torch.long)
+    first = [select('forgetting', scores, labels, 1, seed=s).item() for s in range(200)]
     assert min(first.count(i) for i in range(5)) > 20
 
 

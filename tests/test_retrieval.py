@@ -26,7 +26,8 @@ def own_cache(tmp_path, monkeypatch): monkeypatch.setenv('AVDD_CACHE', str(tmp_p
 
 def data(n=8, classes=3, seed=0, kinds=KINDS):
     gen, labels = torch.Generator().manual_seed(seed), torch.arange(classes).repeat_interleave(n)
-    tensors = {m: torch.randn(len(labels), *k.shape, generator=gen) + labels.view(-1, 1, 1, 1) for m, k in kinds.items()}
+    noise = {m: torch.randn(len(labels), *k.shape, generator=gen) for m, k in kinds.items()}
+    tensors = {m: x + labels.view(-1, 1, 1, 1) for m, x in noise.items()}
     return PairedData(tensors, kinds, labels, [f'c{c}' for c in range(classes)])
 
 
@@ -140,7 +141,7 @@ def test_a_start_from_trained_networks(monkeypatch):
     monkeypatch.setattr(ev, 'predict', lambda model, *a, **k: seen.append(model) or plain(model, *a, **k))
     evaluate(few, d, protocol, 1, whole=d)
     same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
-    assert same(seen[0].nets, source.nets) and not same(seen[0].heads, source.heads)      # nets trained, classifier fresh
+    assert same(seen[0].nets, source.nets) and not same(seen[0].heads, source.heads)      # a fresh classifier
     with pytest.raises(UserError, match='as `whole`'): evaluate(few, d, protocol, 1)
     other = data(kinds=dict(image=KINDS['image']))
     with pytest.raises(UserError, match="do not fit 'audio'"): evaluate(few, d, protocol, 1, whole=other)

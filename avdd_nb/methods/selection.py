@@ -28,8 +28,8 @@ class KCenter(Method):
 
 @dataclass
 class Forgetting(Method):
-    "Real pairs that a training forgot most, or least, often. Source: Toneva et al., as DeepCore and ImageBindDC run it."
-    init: str = hp('forgetting', choices=['forgetting', 'unforgettable'], help="direction: the most, or least, forgotten")
+    "Real pairs that a training forgot most (or least) often. Source: Toneva et al., as DeepCore runs it."
+    init: str = hp('forgetting', choices=['forgetting', 'unforgettable'], help="direction: most, or least, forgotten")
 
 @dataclass
 class GraNd(Method):

@@ -41,7 +41,7 @@ def probabilities(logits, fusion='mean'):
 # %% ../../nbs/nets/fusion.ipynb #d0e2bfe0
 JOINT = 'AV'    # what logits from all modalities together are called
 
-
+# %% ../../nbs/nets/fusion.ipynb #85e4d6dd
 class Fusion(nn.Module):
     "Base of all heads: one network per modality, and linear layers on what they see."
     one_length = False    # whether features of all modalities must be equally long
