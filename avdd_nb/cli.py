@@ -96,17 +96,20 @@ def evaluate(run: Annotated[Path, Argument(help="folder of a finished run")],
              protocol: Annotated[str, Option(help="paper | thorough")] = 'paper', set_: Fields = [],
              as_json: Annotated[bool, Option('--json', help="print the rows as JSON")] = False,
              baselines: Annotated[bool, Option(help="also its start, random pairs, the whole data")] = False,
+             judge: Annotated[str, Option(help="accuracy | cross (four other networks) | retrieval")] = 'accuracy',
              data_root: Root = None, device: Device = 'cpu'):
-    "Trains networks from scratch on a run's synthetic set and scores them on the real test split."
+    "Trains networks on a run's synthetic set (from scratch, or --set start=DATASET) and scores them on the test split."
     from tqdm import tqdm
     from avdd_nb.evaluate import make_protocol, summarise
     from avdd_nb.runs import evaluate_run
     protocol = make_protocol(protocol, **pairs(set_, '--set'))
     with tqdm(total=100, desc='evaluating', disable=as_json, delay=.1, bar_format='{l_bar}{bar}| {elapsed}') as bar:
         def show(done): bar.update(round(100*done) - bar.n)
-        rows = evaluate_run(run, protocol, seeds, data_root, check_device(device), baselines, show)
+        rows = evaluate_run(run, protocol, seeds, data_root, check_device(device), baselines, show, judge=judge)
     if as_json: print(json.dumps(rows, indent=1))
-    else: _table(summarise(rows).to_dict('records'))
+    else:
+        by = ('method', 'ipc', 'arch') if judge == 'cross' else ('method', 'ipc')
+        _table(summarise(rows, by, 'value' if judge == 'retrieval' else 'accuracy').to_dict('records'))
 
 # %% ../nbs/cli.ipynb #8e95e67d
 def notebook(name):
