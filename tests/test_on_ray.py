@@ -28,16 +28,31 @@ def wait_until(happens, seconds=300):
         time.sleep(.05)
 
 
+def be_patient(monkeypatch, seconds=150):
+    "Ray gives a new node 30 s to report, which a busy machine exceeds: ask for longer."
+    from ray._private import services
+    ask = services.get_node
+    def patient(*args, **kw):
+        until = time.time() + seconds
+        while True:
+            try: return ask(*args, **kw)
+            except RuntimeError:
+                if time.time() > until: raise
+                time.sleep(.5)
+    monkeypatch.setattr(services, 'get_node', patient)
+
+
 @pytest.fixture
 def two_machines(monkeypatch):
     "A Ray cluster: a head without CPUs and two nodes of one CPU each."
     monkeypatch.setenv('RAY_AUTH_MODE', 'disabled')
     ray = pytest.importorskip('ray', reason="pip install 'avdd_nb[ray]'")
     from ray.cluster_utils import Cluster
+    be_patient(monkeypatch)
     small = dict(object_store_memory=80*2**20)
     cluster = Cluster(initialize_head=True, head_node_args=dict(num_cpus=0, include_dashboard=False, **small))
     nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
-    cluster.wait_for_nodes()
+    cluster.wait_for_nodes(300)
     yield ray, cluster, nodes
     ray.shutdown()
     cluster.shutdown()

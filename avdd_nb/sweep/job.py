@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['START_TRIES', 'DIED', 'whole_rows', 'commit', 'Handle', 'by_notebook', 'bare', 'run_folder', 'run_job', 'mark_failed']
 
-# %% ../../nbs/sweep/job.ipynb #78e24e2c
+# %% ../../nbs/sweep/job.ipynb #9661f006
 import contextlib, functools, json, os, platform, signal, subprocess, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,18 +14,22 @@ from ..core import UserError
 from ..store import append_event, cached, lock, read_json, write_json
 from .plan import ONE, done, job_folder, page, page_parameters
 
-# %% ../../nbs/sweep/job.ipynb #c34323c2
+# %% ../../nbs/sweep/job.ipynb #5e348501
 def whole_rows(splits, protocol, seeds=1, device='cpu'):
     "Rows of `evaluate` for the whole training data, one seed after the other; each is measured once and kept."
+    from avdd_nb.crossmodal import evaluate_pairs, protocol_like
     from avdd_nb.evaluate import evaluate
     train, test, rows = splits.train.to(device), splits.test, []
+    if not train.n_classes: protocol = protocol_like(protocol)
+    judge = evaluate if train.n_classes else evaluate_pairs
+    more = {} if train.n_classes else dict(val=splits.val)
     for seed in range(seeds):
         key = dict(train=train.hash, test=test.hash, protocol=asdict(protocol), seed=seed)
-        make = lambda seed=seed: ({}, evaluate(train, test, protocol, [seed]))
+        make = lambda seed=seed: ({}, judge(train, test, protocol, [seed], **more))
         rows += cached('whole', key, make)[1]
     return [dict(method='whole data', ipc=0, data_hash=train.hash) | r for r in rows]
 
-# %% ../../nbs/sweep/job.ipynb #b7c6eb06
+# %% ../../nbs/sweep/job.ipynb #e3acf077
 @functools.cache
 def commit():
     "The git commit of this clone, with a + where files differ from it; '' outside of a clone."
@@ -36,7 +40,7 @@ def commit():
     try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
     except OSError: return ''
 
-# %% ../../nbs/sweep/job.ipynb #6d076745
+# %% ../../nbs/sweep/job.ipynb #41a51ee7
 def _facts(start):
     from avdd_nb.runs import versions
     return dict(seconds=time.time() - start, versions=versions(), commit=commit(), host=platform.node())
@@ -49,7 +53,7 @@ def _parameters(job, folder, root):
     takes = page_parameters(page(job.notebook))
     return job.parameters | {k: v for k, v in mine.items() if k in takes}
 
-# %% ../../nbs/sweep/job.ipynb #7fc0b986
+# %% ../../nbs/sweep/job.ipynb #95de0938
 @dataclass
 class Handle:
     """What may be asked of a job that is going on: its kernel's `pid`; after `stop()` it writes a checkpoint and ends.
@@ -77,7 +81,7 @@ class Handle:
         "Between two cells a kernel hears no interrupt: the stop happens here."
         if self.stopped: raise KeyboardInterrupt
 
-# %% ../../nbs/sweep/job.ipynb #7a43b635
+# %% ../../nbs/sweep/job.ipynb #220f6fd2
 @functools.cache
 def _register_engine():
     "Papermill's engine, with the ears; registered under the name 'avdd'."
@@ -106,7 +110,7 @@ def _register_engine():
 
     papermill_engines.register('avdd', Engine)
 
-# %% ../../nbs/sweep/job.ipynb #c4c67447
+# %% ../../nbs/sweep/job.ipynb #fc2fe4b7
 def _page_of(job, pictures):
     "The notebook of a job, without the cells that are only there to look."
     import nbformat
@@ -127,7 +131,7 @@ def by_notebook(job, folder, root=None, env=None, handle=None, pictures=False):
             kernel_name='python3', progress_bar=False, stdout_file=log, stderr_file=log, autosave_cell_every=0,
             handle=handle, on_cell=say, env=os.environ | (env or {}))
 
-# %% ../../nbs/sweep/job.ipynb #40430af7
+# %% ../../nbs/sweep/job.ipynb #252225b7
 @functools.lru_cache(2)
 def _splits(dataset, root, options):
     from avdd_nb.data.catalog import load
@@ -144,7 +148,7 @@ def bare(job, folder, root=None, env=None, handle=None, pictures=False):
     else: raise UserError(f"{job.notebook} can only run as a notebook: leave out --bare.")
     write_json(job_folder(folder, job)/'rows.json', rows)
 
-# %% ../../nbs/sweep/job.ipynb #0f8a349e
+# %% ../../nbs/sweep/job.ipynb #5950e5d6
 def run_folder(folder, job):
     "Where the distillation of a job lies; jobs that differ in their evaluation only share it."
     p = job.parameters
@@ -156,7 +160,7 @@ def _distil_and_measure(job, folder, root, splits, protocol):
     for _ in run(RunConfig(**job.identity['run']), here, root, p['device'], splits=splits): pass
     return evaluate_run(here, protocol, p['seeds'], root, p['device'], splits=splits)
 
-# %% ../../nbs/sweep/job.ipynb #6f106b58
+# %% ../../nbs/sweep/job.ipynb #94960299
 def run_job(job, folder, work=by_notebook, started=0., **kw):
     """Runs `job` of the sweep in `folder` and says how it went: (state, message).
 
@@ -186,7 +190,7 @@ def mark_failed(here, message):
 
 def _failure(here): return read_json(here/'failed.json') if (here/'failed.json').exists() else None
 
-# %% ../../nbs/sweep/job.ipynb #886812d4
+# %% ../../nbs/sweep/job.ipynb #8f64aae0
 def _attempt(job, folder, here, work, kw):
     "Runs the work; writes the marker, or why there is none."
     start = time.time()
@@ -210,7 +214,7 @@ def _attempt(job, folder, here, work, kw):
 def _run_facts(folder, job):
     return dict(run=str(run_folder(folder, job).relative_to(folder))) if job.run else {}
 
-# %% ../../nbs/sweep/job.ipynb #81e056ce
+# %% ../../nbs/sweep/job.ipynb #579d9aee
 START_TRIES = 3
 
 def _tries(job, folder, work, kw):
@@ -231,7 +235,7 @@ def _wait_for_orphan(folder, job, patience=20.):
             if free: return
         time.sleep(.2)
 
-# %% ../../nbs/sweep/job.ipynb #9efbe90b
+# %% ../../nbs/sweep/job.ipynb #4aa29cce
 DIED = 'its process died: it was killed, or the memory was not enough'
 
 def _why(e, handle):

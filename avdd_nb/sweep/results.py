@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEASURES', 'SETTING', 'PLACE', 'gather', 'summary', 'paired', 'significance', 'compare']
 
-# %% ../../nbs/sweep/results.ipynb #ca48a958
+# %% ../../nbs/sweep/results.ipynb #f2d63718
 import io, json
 from pathlib import Path
 from ..core import UserError, need
@@ -13,7 +13,7 @@ from ..store import atomic_write, manifest_path, read_json
 from .job import run_folder
 from .plan import done, job_folder, read_plan
 
-# %% ../../nbs/sweep/results.ipynb #0557be92
+# %% ../../nbs/sweep/results.ipynb #2ce20224
 def _run_facts(folder, job):
     "What the run folder says: data hash, seconds and memory of the distillation."
     here = run_folder(folder, job)
@@ -26,13 +26,12 @@ def _settings(job):
     return dict(dataset=run.get('dataset', ''), data=text(run.get('data', {})), steps=run.get('steps', 0),
                 seed=run.get('seed', 0), options=text(run.get('options', {})), bf16=run.get('bf16', False))
 
-# %% ../../nbs/sweep/results.ipynb #3bb28227
-MEASURES = dict(accuracy='accuracy_pct')
+# %% ../../nbs/sweep/results.ipynb #9e35850e
+MEASURES = ('accuracy', 'value')
 
-def _numbers(row):
-    "The metrics of an evaluation row: (name, value) pairs. A row names its metric, or has `accuracy`."
-    if 'metric' in row: return [(row['metric'], row['value'])]
-    return [(name, row[column]) for column, name in MEASURES.items() if column in row]
+def _number(row):
+    "(metric, value) of an evaluation row: it names its metric, or is a row of accuracies."
+    return row.get('metric', 'accuracy_pct'), row['value'] if 'value' in row else row['accuracy']
 
 def _rows_of(folder, job):
     "The tidy rows of one finished job."
@@ -42,12 +41,12 @@ def _rows_of(folder, job):
     origin = dict(job=job.name, commit=marker['commit'], host=marker['host'], job_seconds=marker['seconds'],
                   **marker['versions'])
     for row in read_json(path):
-        for metric, value in _numbers(row):
-            kept = {k: v for k, v in row.items() if k not in (*MEASURES, 'metric', 'value', 'seed', 'seconds')}
-            seeds = dict(eval_seed=row.get('seed', 0), eval_seconds=row.get('seconds'))
-            yield dict(label=job.label) | facts | kept | seeds | dict(metric=metric, value=value) | origin
+        metric, value = _number(row)
+        kept = {k: v for k, v in row.items() if k not in (*MEASURES, 'metric', 'seed', 'seconds')}
+        seeds = dict(eval_seed=row.get('seed', 0), eval_seconds=row.get('seconds'))
+        yield dict(label=job.label) | facts | kept | seeds | dict(metric=metric, value=value) | origin
 
-# %% ../../nbs/sweep/results.ipynb #ba616749
+# %% ../../nbs/sweep/results.ipynb #66307acc
 def gather(folder, jobs=None):
     """A frame of all numbers that the sweep in `folder` has so far, also written to results.csv and results.parquet.
 
@@ -63,7 +62,7 @@ def gather(folder, jobs=None):
     atomic_write(Path(folder)/'results.parquet', binary.getvalue())
     return frame
 
-# %% ../../nbs/sweep/results.ipynb #780847e0
+# %% ../../nbs/sweep/results.ipynb #a7160521
 SETTING = ('label', 'dataset', 'data', 'data_hash', 'ipc', 'steps', 'options', 'bf16', 'protocol', 'digest', 'arch',
            'head', 'width', 'epochs', 'n_train', 'modality', 'fusion', 'metric')
 
@@ -75,7 +74,7 @@ def summary(frame):
         seconds=('seconds', 'mean'), memory_mb=('memory_mb', 'max'))
     return found.reset_index()
 
-# %% ../../nbs/sweep/results.ipynb #9395402c
+# %% ../../nbs/sweep/results.ipynb #103097fa
 PLACE = ('dataset', 'data', 'data_hash', 'ipc', 'protocol', 'digest', 'arch', 'head', 'modality', 'fusion', 'metric')
 
 def _by_seed(rows):
@@ -92,7 +91,7 @@ def paired(a, b):
     low, high = test.confidence_interval(.95)
     return found | dict(low=low, high=high, p=test.pvalue)
 
-# %% ../../nbs/sweep/results.ipynb #b368f76a
+# %% ../../nbs/sweep/results.ipynb #cf171232
 def significance(frame, against='random'):
     "`paired` of every label against one of them, in every place that both were measured; a frame."
     keys, rows = [k for k in PLACE if k in frame], []
@@ -106,7 +105,7 @@ def significance(frame, against='random'):
                     rows.append(dict(zip(keys, place)) | what | paired(setting, base))
     return need('pandas').DataFrame(rows)
 
-# %% ../../nbs/sweep/results.ipynb #1b8c4427
+# %% ../../nbs/sweep/results.ipynb #a934fae2
 def compare(a, b):
     "A frame over all settings of two gathered sweeps: both means, the paired difference b − a, or where it is missing."
     keys, rows = [k for k in (*PLACE, 'label', 'options', 'steps', 'bf16') if k in a and k in b], []
