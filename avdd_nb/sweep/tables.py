@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'AV', 'PAIRS', 'SELECT', 'AVDD', 'CORESETS', 'MATCHING', 'BIND', 'TEXT', 'MDM', 'TABLES', 'SCALES', 'SHOWN',
            'WORDED', 'Table', 'same', 'Scale', 'table_jobs', 'table_frame', 'Shown', 'run_table']
 
-# %% ../../nbs/sweep/tables.ipynb #511ea3e5
+# %% ../../nbs/sweep/tables.ipynb #fd777f2d
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from ..core import UserError, choose, need, patch
@@ -20,7 +20,7 @@ from .report import budget_plot, time_plot
 from .results import gather, summary
 from ..views.page import esc
 
-# %% ../../nbs/sweep/tables.ipynb #ffceab8c
+# %% ../../nbs/sweep/tables.ipynb #5d8fddb4
 @dataclass
 class Table:
     """A table of a paper: `rows` (its label → our settings), `budgets`, and `where` its figures are found.
@@ -50,7 +50,7 @@ class Table:
         "As the notebooks call it: 'AVDD 3'."
         return f'{self.paper} {self.number}'
 
-# %% ../../nbs/sweep/tables.ipynb #166fc4fa
+# %% ../../nbs/sweep/tables.ipynb #00ef3faa
 def same(*labels):
     "Rows for methods that the papers call (nearly) as we do: label → dict(method=…)."
     return {label: dict(method=NAMES.get(label, label.lower())) for label in labels}
@@ -65,7 +65,7 @@ def _mdm(**options): return dict(method='mdm', method_options=options)
 AV = dict(modality='AV', fusion='ensemble')
 PAIRS = dict(width=16, epochs=5)
 
-# %% ../../nbs/sweep/tables.ipynb #eca91efc
+# %% ../../nbs/sweep/tables.ipynb #9493f0cb
 SELECT = ('Random', 'Herding')
 AVDD = [
     Table('AVDD', '1', 'One modality or two', same(*SELECT, 'MTT', 'DM'), columns=('modality', 'fusion')),
@@ -90,7 +90,7 @@ AVDD = [
           vary=dict(protocol_options=dict(arch=['ConvNet', 'LeNet', 'AlexNet', 'ResNet18', 'VGG11'])),
           columns=('arch',), where=AV)]
 
-# %% ../../nbs/sweep/tables.ipynb #0abeaaa9
+# %% ../../nbs/sweep/tables.ipynb #ff8c65c9
 AVDD += [
     Table('AVDD', '6', 'Finding a sound by its picture', same('Random', 'DM', 'AVDD'), budgets=(20,),
           vary=dict(notebook='retrieval_one')),
@@ -111,7 +111,7 @@ AVDD += [
     Table('AVDD', '13', 'Ten seconds instead of one', same(*SELECT, 'DM', 'AVDD'), budgets=(1, 20), where=AV,
           dataset='VGGS-10K (10 s)', data=dict(seconds=10.))]
 
-# %% ../../nbs/sweep/tables.ipynb #0fbf2aee
+# %% ../../nbs/sweep/tables.ipynb #7c7a933b
 CORESETS = (*SELECT, 'Forgetting', 'GraNd')
 MATCHING = ('DC', 'DSA', 'MTT', 'DM', 'AVDD')
 BIND = [
@@ -140,7 +140,7 @@ BIND = [
         'ImageBindDC: uni-modal only': _bind(lam_cross=0., lam_joint=0.),
         'ImageBindDC: uni + cross + joint': _bind()}, budgets=(10,), where=dict(modality='AV'), dataset='AVE')]
 
-# %% ../../nbs/sweep/tables.ipynb #e47b205f
+# %% ../../nbs/sweep/tables.ipynb #b246fea4
 TEXT = dict(budgets=(100,), branch=(), dataset='Flickr8k', builtin='soundshapes-text', small=PAIRS)
 MDM = [
     Table('MDM', '1', 'Images and captions', same('Random', 'Herding', 'K-Center', 'Forgetting', 'MTT-VL', 'TESLA_WBCE',
@@ -160,10 +160,10 @@ MDM = [
         'InfoNCE': _mdm(lam_agr=0., lam_dis=0.), 'InfoNCE + agreement': _mdm(lam_dis=0.),
         'InfoNCE + discrepancy': _mdm(lam_agr=0.), 'InfoNCE + agreement + discrepancy': _mdm()}, **TEXT)]
 
-# %% ../../nbs/sweep/tables.ipynb #2a9dbdce
+# %% ../../nbs/sweep/tables.ipynb #82eb6d58
 TABLES = {t.name: t for t in (*AVDD, *BIND, *MDM)}
 
-# %% ../../nbs/sweep/tables.ipynb #a55c94cc
+# %% ../../nbs/sweep/tables.ipynb #557555cc
 @dataclass
 class Scale:
     "Steps, evaluation seeds, budgets up to `most`, options of methods, protocols and of the built-in data."
@@ -180,7 +180,7 @@ SCALES = dict(
                dict(n_train=500, n_test=200)),
     paper=Scale(5000, 5, 10**6, False, {}, {}, {}))
 
-# %% ../../nbs/sweep/tables.ipynb #13ab646c
+# %% ../../nbs/sweep/tables.ipynb #66ae37d5
 def _grid(table, label, scale, dataset, seeds, device, data_options):
     "The grid of one row."
     row, vary = table.rows[label], dict(table.vary)
@@ -194,7 +194,7 @@ def _grid(table, label, scale, dataset, seeds, device, data_options):
     return vary | fixed | dict(device=device, ipc=budgets, seed=list(range(seeds)), data_options=data,
                                method_options=options, protocol_options=protocol)
 
-# %% ../../nbs/sweep/tables.ipynb #8227846f
+# %% ../../nbs/sweep/tables.ipynb #1521e262
 def table_jobs(name, scale='tiny', dataset=None, seeds=1, device='cpu', data_options=None):
     "(jobs, label → reason why that row waits) of the table called `name`."
     table, scale = choose(name, TABLES, 'table'), choose(scale, SCALES, 'scale')
@@ -207,7 +207,7 @@ def table_jobs(name, scale='tiny', dataset=None, seeds=1, device='cpu', data_opt
     own = {j.name for j in jobs.values() if j.label in table.rows}
     return [j for j in jobs.values() if j.label in table.rows or j.name not in own], waiting
 
-# %% ../../nbs/sweep/tables.ipynb #59cb749b
+# %% ../../nbs/sweep/tables.ipynb #14c870c3
 def _costs(table, means):
     "Time and memory of the learners as figures of their own, one row per metric of the table."
     means = means[means.steps > 0].drop_duplicates(['method', 'ipc', 'options'])
@@ -232,7 +232,7 @@ def _ours(table, frame):
         means = means[(means.modality == modality) & joint]
     return _costs(table, means) if table.cost else means
 
-# %% ../../nbs/sweep/tables.ipynb #98ddb614
+# %% ../../nbs/sweep/tables.ipynb #13cf4782
 SHOWN = ('method', 'ipc', 'arch', 'modality', 'fusion', 'metric', 'mean', 'std', 'n', 'seconds', 'memory_mb', 'paper',
          'paper_std', 'difference', 'differs', 'note')
 
@@ -244,7 +244,7 @@ def table_frame(table, frame, paper_dataset=None):
     found = beside(ours.drop(columns=unused), paper_rows(table.paper, table.number, **where))
     return found[[c for c in SHOWN if c in found and found[c].notna().any()]]
 
-# %% ../../nbs/sweep/tables.ipynb #88329206
+# %% ../../nbs/sweep/tables.ipynb #d711f57c
 WORDED = ('method', 'ipc', 'arch', 'modality', 'fusion', 'metric', 'ours', 'n', 'seconds', 'memory_mb', 'paper',
           'difference', 'note')
 
@@ -252,7 +252,7 @@ def _plus_minus(mean, std):
     known = lambda x: x is not None and x == x
     return '' if not known(mean) else f'{mean:.2f} ± {std:.2f}' if known(std) else f'{mean:.2f}'
 
-# %% ../../nbs/sweep/tables.ipynb #0525e428
+# %% ../../nbs/sweep/tables.ipynb #aa437464
 @dataclass
 class Shown:
     "A table as notebooks show it. `frame`: the numbers; `means`: rows of `summary`; `waiting`: label → reason."
@@ -286,7 +286,7 @@ class Shown:
         return {'text/plain': f'{self.words().to_string(index=False)}\n{text}',
                 'text/html': table_html(self.words()) + lines}
 
-# %% ../../nbs/sweep/tables.ipynb #c1f34658
+# %% ../../nbs/sweep/tables.ipynb #a33ca502
 @patch
 def over_budget(self: Shown):
     "Accuracy over the budget (None with one budget, or nothing measured)."
@@ -303,13 +303,14 @@ def save(self: Shown, path):
     "Writes the numbers as csv; gives back the path (None while the table waits)."
     return None if self.frame is None else atomic_write(path, self.frame.to_csv(index=False))
 
-# %% ../../nbs/sweep/tables.ipynb #3db9cfd2
+# %% ../../nbs/sweep/tables.ipynb #2be13c47
 def run_table(name, scale='tiny', dataset=None, seeds=1, device='cpu', out=None, data_root=None,
               data_options=None, paper_dataset=None, workers=None):
     """Runs what is not done yet of the table called `name` and shows it beside the paper.
 
     scale: 'tiny' or 'paper'; dataset: one of `avdd data` (default: a built-in one); seeds: distillations;
-    paper_dataset: whose figures stand beside (default: the data set itself where the paper has it, else the table's first).
+    paper_dataset: whose figures stand beside (default: the data set itself where the paper has it, else the table's
+    first).
     """
     table = choose(name, TABLES, 'table')
     dataset = dataset or table.builtin
