@@ -16,7 +16,9 @@ from cells import measure, read_rows, run_cells, write_rows
 
 HERE = Path(__file__).parent
 RESULTS = HERE / 'results' / 'avdd.csv'
-ORDER = ['dataset', 'ipc', 'method', 'options', 'distill_seed', 'digest', 'seed', 'modality', 'fusion']
+RETRIEVED = HERE / 'results' / 'avdd_retrieval.csv'
+ORDER = ['dataset', 'ipc', 'method', 'options', 'distill_seed', 'digest', 'seed', 'modality', 'fusion',
+         'metric']
 
 
 def avdd(base=1, icm=0, cgm=0, scmm=0, rscmm=0, **options):
@@ -32,6 +34,7 @@ def dm(times=1, **options):
 TILES = dict(init='herding', factor=2)
 CHOOSING = {'Random': ('random', {}), 'Herding': ('herding', {}), 'Herding+Factor': ('tiled', {})}
 FULL = avdd(1, 10, 10)
+RETRIEVAL = dict(retrieval=True)   # Table 6: recalls and ranks in place of accuracies, in a file of their own
 
 TABLES = {   # table → the paper's name of a row → (method, options)
     'control': {f'DM, step size × {k}': dm(k, **TILES) for k in (.1, .3, 1, 3, 10, 21, 41, 100)}
@@ -52,6 +55,8 @@ TABLES = {   # table → the paper's name of a row → (method, options)
         'Herding+Factor+Base': avdd(1), 'Herding+Factor+Base+ICM+CGM': FULL},
     '5': {f'{name}, {arch}': method + (dict(arch=arch),) for name, method in (('DM', dm()), ('AVDD', FULL))
           for arch in ('ConvNet', 'VGG11', 'LeNet', 'ResNet18', 'AlexNet')},
+    '6': {name: method + (RETRIEVAL,) for name, method in (
+        ('Random', CHOOSING['Random']), ('Herding', CHOOSING['Herding']), ('DM', dm()), ('AVDD', FULL))},
     '7': CHOOSING | {
         'Herding+Factor+Base': avdd(1), 'Herding+Factor+Base+SCMM': avdd(1, scmm=1),
         'Herding+Factor+Base+RSCMM': avdd(1, rscmm=1), 'Herding+Factor+Base+SCMM+RSCMM': avdd(1, scmm=1, rscmm=1)},
@@ -134,8 +139,12 @@ def cell(dataset, ipc, label, method, options, seed, changes, args):
         return whole(SPLITS[dataset], dataset, make_protocol(name, **recipe, epochs_whole=10), seed, args)
     config = make_config(dataset, method, ipc, scale['steps'], seed, scale['data'][dataset], options)
     seeds = [args.evaluations * seed + i for i in range(args.evaluations)]
+    judge = None
+    if changes == RETRIEVAL:
+        from avdd_nb.retrieval import retrieve as judge
+        changes = {}
     return measure(config, Path(args.out) / config.hash, make_protocol(name, **recipe | changes), seeds,
-                   SPLITS[dataset], args.data_root, args.device)
+                   SPLITS[dataset], args.data_root, args.device, judge)
 
 
 def whole(splits, dataset, protocol, seed, args):
@@ -156,10 +165,10 @@ def rows_of(rows, table, dataset, ipc, fusion='mean', scale='small'):
     found = {}
     for label, method, options, changes in rows_asked(table):
         wanted, first = settings(method, options, scale), first_seed(table, method)
-        evaluation = dict(arch='ConvNet', head='ensemble') | changes
+        evaluation = {} if changes == RETRIEVAL else dict(arch='ConvNet', head='ensemble') | changes
         mine = [r for r in rows if r['dataset'] == dataset and int(r['ipc']) == (0 if method == 'whole' else ipc)
                 and r['method'] == method
-                and r['fusion'] in ('', fusion) and first <= int(r['distill_seed']) < first + 10
+                and r.get('fusion', '') in ('', fusion) and first <= int(r['distill_seed']) < first + 10
                 and json.loads(r['options']) == wanted and all(r[k] == v for k, v in evaluation.items())]
         if mine:
             found[label] = mine
@@ -169,7 +178,7 @@ def rows_of(rows, table, dataset, ipc, fusion='mean', scale='small'):
 def show(rows, scale='small'):
     "Every table that has rows, as Markdown: accuracy of AV (mean of softmaxes), of each branch, seconds a run."
     from statistics import mean, stdev
-    for table in TABLES:
+    for table in [t for t in TABLES if t != '6']:
         for dataset in SCALES[scale]['data']:
             for ipc in SCALES[scale]['ipc']:
                 found = rows_of(rows, table, dataset, ipc, scale=scale)
@@ -202,17 +211,25 @@ def main():
     p.add_argument('--print', action='store_true', dest='only_print')
     args = p.parse_args()
     if not args.only_print:
-        kept = {_identity(r): r for r in read_rows(args.results)}
-
-        def keep(rows):
-            write_rows(args.results, (kept | {_identity(r): r for r in rows}).values(), ORDER)
-
-        run_cells(cell, [(*item, args) for item in jobs(args)], args.workers, keep)
+        run_cells(cell, [(*item, args) for item in jobs(args)], args.workers, Keeper(args.results))
     show(read_rows(args.results), args.scale)
 
 
-def _identity(row):
-    return tuple(str(row[k]) for k in ('run', 'digest', 'seed', 'modality', 'fusion'))
+class Keeper:
+    "Writes rows to the results file, those of retrieval to the one beside it, over what is there already."
+    def __init__(self, results):
+        self.files = {False: results, True: results.with_name(results.stem + '_retrieval.csv')}
+        self.kept = {kind: {self.name(r): r for r in read_rows(path)} for kind, path in self.files.items()}
+
+    @staticmethod
+    def name(row):
+        return tuple(str(row.get(k, '')) for k in ('run', 'digest', 'seed', 'modality', 'fusion', 'metric'))
+
+    def __call__(self, rows):
+        for kind, path in self.files.items():
+            mine = {self.name(r): r for r in rows if ('metric' in r) == kind}
+            if mine:
+                write_rows(path, (self.kept[kind] | mine).values(), ORDER)
 
 
 if __name__ == '__main__':

@@ -9,12 +9,15 @@ from multiprocessing import get_context
 from pathlib import Path
 
 
-def measure(config, out, protocol, seeds, splits, root=None, device='cpu'):
-    "Tidy rows of the run `config` (a `RunConfig`) under `protocol`; distils and evaluates what is not on disk yet."
-    from avdd_nb.runs import evaluate_run, run
+def measure(config, out, protocol, seeds, splits, root=None, device='cpu', judge=None):
+    """Tidy rows of the run `config` (a `RunConfig`) under `protocol`; distils and evaluates what is not on disk yet.
+
+    judge: (synthetic set, test data, protocol, seeds) → rows; without one, classification accuracy.
+    """
+    from avdd_nb.runs import evaluate_run, load_run, run
     from avdd_nb.store import read_json, write_json
-    out = Path(out)
-    kept = out / f'rows-{protocol.digest}-{len(seeds)}.json'
+    out, what = Path(out), judge.__name__ if judge else 'rows'
+    kept = out / f'{what}-{protocol.digest}-{len(seeds)}.json'
     if kept.exists():
         return read_json(kept)
     list(run(config, out, root, device, splits=splits))
@@ -22,7 +25,8 @@ def measure(config, out, protocol, seeds, splits, root=None, device='cpu'):
     facts = dict(run=config.hash, dataset=config.dataset, method=config.method, ipc=config.ipc, steps=config.steps,
                  distill_seed=config.seed, options=json.dumps(config.options, sort_keys=True),
                  distill_seconds=round(done['seconds'], 3))
-    measured = evaluate_run(out, protocol, seeds, root, device, splits=splits)
+    measured = (judge(load_run(out)[1].to(device), splits.test, protocol, seeds) if judge
+                else evaluate_run(out, protocol, seeds, root, device, splits=splits))
     rows = [facts | {k: v for k, v in row.items() if k not in ('method', 'ipc')} for row in measured]
     write_json(kept, rows)
     return rows
