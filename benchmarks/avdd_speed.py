@@ -13,12 +13,12 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-from avdd_tables import SCALES, TABLES
+from avdd_tables import FULL, MTT, SCALES, dm
 from cells import read_rows, write_rows
 
 RESULTS = Path(__file__).parent / 'results' / 'avdd_speed.csv'
-LEARNERS = dict(dm=TABLES['3']['DM'], avdd=TABLES['3']['AVDD']) | {'dm+h+f': ('dm+h+f', {})} | {
-    name: (name, {}) for name in ('dc', 'dsa', 'mtt', 'tesla', 'imagebinddc', 'davdd-style')}
+LEARNERS = dict(dm=dm(), avdd=FULL, mtt=MTT, tesla=('tesla', MTT[1])) | {
+    name: (name, {}) for name in ('dm+h+f', 'dc', 'dsa', 'imagebinddc', 'davdd-style')}
 
 
 def status(word):
@@ -91,7 +91,7 @@ def main():
     kept = {_key(r): r for r in read_rows(args.results)}
     for ipc in args.ipc:
         for label in args.methods:
-            method, options = LEARNERS[label][:2]
+            method, options = LEARNERS[label]
             if method not in methods():
                 continue
             with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:

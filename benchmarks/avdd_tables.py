@@ -34,6 +34,8 @@ def dm(times=1, **options):
 TILES = dict(init='herding', factor=2)
 CHOOSING = {'Random': ('random', {}), 'Herding': ('herding', {}), 'Herding+Factor': ('tiled', {})}
 FULL = avdd(1, 10, 10)
+MTT = 'mtt', dict(experts=2, inner=5, batch=10, lr=1000., step_size=.02, differ='', lr_step_size=1e-3, lr_expert=.05,
+                  batch_expert=32)
 RETRIEVAL = dict(retrieval=True)   # Table 6: recalls and ranks in place of accuracies, in a file of their own
 
 TABLES = {   # table → the paper's name of a row → (method, options)
@@ -41,7 +43,7 @@ TABLES = {   # table → the paper's name of a row → (method, options)
     | {f'AVDD, λ = {k}': avdd(1, k, k) for k in (1, 10, 20)},
     '2': {f'DM, {head}': dm() + (dict(head=head),) for head in ('ensemble', 'sum', 'concat', 'attention')},
     '3': {'Random': CHOOSING['Random'], 'Herding': CHOOSING['Herding'], 'DC': ('dc', dict(lr=5.)),
-          'DSA': ('dsa', dict(lr=5.)), 'MTT': ('mtt', {}), 'DM': dm(), 'AVDD': FULL, 'Whole data': ('whole', {})},
+          'DSA': ('dsa', dict(lr=5.)), 'MTT': MTT, 'DM': dm(), 'AVDD': FULL, 'Whole data': ('whole', {})},
     '4 (left: losses)': CHOOSING | {
         'Herding+Factor+Base': avdd(1), 'Herding+Factor+ICM': avdd(0, 10), 'Herding+Factor+CGM': avdd(0, 0, 10),
         'Herding+Factor+Base+ICM': avdd(1, 10), 'Herding+Factor+Base+CGM': avdd(1, 0, 10),
