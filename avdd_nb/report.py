@@ -17,9 +17,11 @@ from .store import atomic_write, read_json
 from .synset import load_synset
 from .views.curves import accuracy_frame, accuracy_plot, accuracy_tables, loss_curves
 from .views.grid import initial_beside_final, real_beside_synthetic
+from .views.map import pair_map
 from .views.page import esc, page
 from .views.picture import Picture
 from .views.sound import players
+from .views.wall import run_wall
 
 # %% ../nbs/report.ipynb #26220d90
 def facts_html(facts) -> str:
@@ -128,7 +130,7 @@ def by_name(rows, method) -> dict:
 
 # %% ../nbs/report.ipynb #2ff1624f
 def run_sections(run_dir, rows=(), data=None, facts=None, per_class=3) -> list:
-    """The standard `Section`s of one run: accuracy, loss, looks, sounds, settings.
+    """The standard `Section`s of one run: accuracy, loss, time-lapse, looks, sounds, map, settings.
 
     run_dir: config.json, events.jsonl, initial.safetensors, result.safetensors. rows: of `evaluate_run`, baselines
     among them; data: real `PairedData` to show beside it; facts: name → dict or dataclass, each a folded section.
@@ -139,8 +141,10 @@ def run_sections(run_dir, rows=(), data=None, facts=None, per_class=3) -> list:
     start = load_synset(run/'initial.safetensors') if (run/'initial.safetensors').exists() else None
     more = {**(facts or {}), 'Versions': versions() | config.get('versions', {})}
     settings = Section('Settings', [config.get('run', config)], 'Everything that decides this run.')
-    return [*_accuracy(rows, _method(config)), *_losses(run), *_looks(final, start, data, per_class),
-            *_sounds(final, data, 2), settings, *[Section(name, [x], folded=True) for name, x in more.items()]]
+    seen = [*_time_lapse(run), *_looks(final, start, data, per_class), *_sounds(final, data, 2),
+            *_map(run, final, data)]
+    return [*_accuracy(rows, _method(config)), *_losses(run), *seen, settings,
+            *[Section(name, [x], folded=True) for name, x in more.items()]]
 
 # %% ../nbs/report.ipynb #e451c0d9
 def _method(config):
@@ -174,6 +178,19 @@ def _sounds(final, data, n):
     return [Section('Listen', [players(both, per_class=n)],
                     'Every sound was rebuilt from its spectrogram (Griffin-Lim), '
                     'the real ones too, so that they compare.')]
+
+# %% ../nbs/report.ipynb #3dce0e44
+def _time_lapse(run):
+    "The wall of the first pairs from the start to the end, where there were steps."
+    if not (run/'snapshots').exists(): return []
+    return [Section('Time-lapse', [run_wall(run, per_class=2, sounds=20)],
+                    'The first pairs of each class on their way. A click plays the sound of a pair.')]
+
+def _map(run, final, data):
+    "Where the synthetic pairs lie among the real ones, seen by a random network."
+    if data is None or not set(final.modalities) <= set(data.modalities): return []
+    return [Section('Map', [pair_map(data, final, 'random', folder=run, max_real=1000, cards=24)],
+                    'Joint features of an untrained network, projected by PCA. A click on a point shows and plays it.')]
 
 # %% ../nbs/report.ipynb #19244894
 def headline(rows, method) -> str:

@@ -104,7 +104,7 @@ def test_names_from_data_stay_text(parsed):
     assert not [k for _, attrs in parsed.found for k in attrs if k.startswith('on')]
     assert not [img for img in parsed.named('img') if not img['src'].startswith('data:image/png;base64,')]
     scripts = [a for a in parsed.named('script') if a != {'type': 'application/json'}]
-    assert scripts == [{}, {}]                                                     # plotly and ours, nothing else
+    assert scripts == [{}, {}, {}]                                                 # plotly, the map's, ours, no other
     assert HOSTILE == parsed.words['h3'] and parsed.words['title'] == parsed.words['h1']
 
 
@@ -121,11 +121,12 @@ def test_pictures_and_players_hold_their_bytes(parsed):
 
 def test_every_figure_has_its_data_and_a_still(html, parsed):
     plots = [a for a in parsed.named('div') if a.get('class') == 'plot']
-    assert len(plots) == 5                                                         # 2 protocols, loss, 2 walls
+    assert len(plots) == 6                                                         # 2 protocols, loss, 2 walls, map
     assert all(a['aria-label'] and a['role'] == 'img' for a in plots)
     islands = re.findall(r'<script type="application/json">(.*?)</script>', html, re.DOTALL)
-    assert len(islands) == 5 and all(set(json.loads(x)) == {'data', 'layout', 'config'} for x in islands)
-    assert html.count('<noscript>') == 5
+    keys = [set(json.loads(x)) for x in islands]
+    assert keys.count({'data', 'layout', 'config'}) == 6 and keys.count({'cards', 'hint', 'absent'}) == 1
+    assert html.count('<noscript>') == 6 and len(keys) == 7
 
 
 def cells(table):
