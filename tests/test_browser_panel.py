@@ -8,7 +8,7 @@ __all__ = ['browser', 'lab', 'playwright']                                      
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(400), pytest.mark.skipif(not CHROMIUM, reason=MISSING)]
 
 TINY = "steps=400, data=dict(n_train=100, n_test=50), width=8, pool_size=2, real_batch=8, features='random'"
-POINTS = "() => Math.max(0, ...[...document.querySelectorAll('.js-plotly-plot')].map(g => g.data?.[0]?.x?.length || 0))"
+POINTS = "() => Math.max(0, ...[...document.querySelectorAll('.js-plotly-plot')].map(g => g.calcdata?.[0]?.length || 0))"
 
 
 def panel_notebook(path, line):
@@ -50,6 +50,8 @@ def distil_and_stop(page, shots):
     page.screenshot(path=shots/'panel.png')
     assert slide(page, 'factor') == '2'
     press(page, 'Distil')
+    wait_for_news(page, 'at work')
+    page.screenshot(path=shots/'begun.png')
     page.wait_for_function(f'({POINTS})() > 5', timeout=120_000)
     first = page.evaluate(POINTS)
     page.wait_for_function(f'({POINTS})() > {first}', timeout=60_000)
