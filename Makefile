@@ -19,7 +19,7 @@ test pictures: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = Agg
 test: export SLOW := $(SLOW)
 
-.PHONY: help demo lab test export readme pictures bench tables constraints clean
+.PHONY: help demo lab class test export readme pictures bench tables constraints clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s%s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ demo: $(VENV)/.installed  ## install if needed, then distil the built-in data an
 
 lab: $(VENV)/.installed  ## open JupyterLab on the start page
 	@$(BIN)/avdd lab
+
+class: $(VENV)/.installed-demo  ## serve the chapters to a class with Voilà, with quotas (IP=0.0.0.0: to the network)
+	@$(BIN)/avdd lab --voila --port 8866 --ip $(or $(IP),127.0.0.1)
 
 test: $(VENV)/.installed-dev  ## every test: the notebooks, then tests/ (SLOW=1: the slow ones too)
 	$(BIN)/nbdev_test --n_workers $(WORKERS) --timing $(if $(SLOW),--flags slow)
@@ -71,6 +74,10 @@ $(BIN)/pip:
 $(VENV)/.installed: $(CHANGED) | $(BIN)/pip
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
+
+$(VENV)/.installed-demo: $(CHANGED) | $(BIN)/pip
+	$(PIP) install -q -c constraints.txt -e '.[demo]'
+	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-dev: $(CHANGED) | $(BIN)/pip
 	$(PIP) install -q -c constraints.txt -e '.[$(TEST_DEPS)]'

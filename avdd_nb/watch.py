@@ -246,7 +246,7 @@ def _look_on(self: Watch):
         try: live = self.refresh()
         except Exception as e: live, self.news.value = True, say(f'{type(e).__name__}: {e}', 'bad')
         if not live: break
-        time.sleep(max(.7, 30*(time.thread_time() - began)))
+        time.sleep(min(4, max(.7, 30*(time.thread_time() - began))))
     time.sleep(.5)
     self.refresh()
 
