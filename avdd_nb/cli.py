@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Option', 'Argument', 'Root', 'Data', 'Fields', 'Device', 'Budget', 'Steps', 'Dataset', 'Method', 'Folder',
-           'Workers', 'JobGB', 'hub', 'pairs', 'data', 'distill', 'check_device', 'evaluate', 'notebook', 'demo',
-           'sweep', 'run_plan', 'report', 'export', 'push', 'pull', 'lab', 'doctor', 'main']
+           'Workers', 'JobGB', 'hub', 'common', 'pairs', 'data', 'distill', 'check_device', 'evaluate', 'notebook',
+           'demo', 'sweep', 'run_plan', 'report', 'export', 'push', 'pull', 'lab', 'doctor', 'main']
 
 # %% ../nbs/cli.ipynb #845909a8
 import inspect, json, os, sys
@@ -27,6 +27,13 @@ Budget = Annotated[int, Option(help="pairs per class", min=1)]
 Steps = Annotated[int, Option(help="distillation steps", min=0)]
 Dataset = Annotated[str, Option(help="name of the data set (see `avdd data`)")]
 Method = Annotated[str, Option(help="name of the method")]
+
+# %% ../nbs/cli.ipynb #c0mm0n01
+@app.callback()
+def common(plugin: Annotated[list[Path], Option(metavar='FILE', help="a file or notebook with methods of yours")] = []):
+    "Multimodal dataset distillation: distil, evaluate, look, listen."
+    from avdd_nb.plugins import use_methods
+    use_methods(*plugin)
 
 # %% ../nbs/cli.ipynb #8c1aa04e
 def pairs(items, flag):
@@ -257,9 +264,15 @@ def pull(source: Annotated[str, Argument(help="a folder, a web address, or OWNER
 # %% ../nbs/cli.ipynb #d10c4abd
 @app.command()
 def lab(port: Annotated[int, Option(help="port of the server")] = 8888,
-        browser: Annotated[bool, Option(help="open a browser")] = True):
-    "Opens JupyterLab on the start page."
+        browser: Annotated[bool, Option(help="open a browser")] = True,
+        voila: Annotated[bool, Option('--voila', help="for a class: the chapters as pages, with quotas")] = False,
+        ip: Annotated[str, Option(help="address to listen on, with --voila (0.0.0.0: the whole network)")] = '127.0.0.1'):
+    "Opens JupyterLab on the start page; with --voila, the chapters for a class. Runs go to $AVDD_RUNS, else ./runs."
     start = notebook('index.ipynb')
+    if voila:
+        from avdd_nb.classroom import serve
+        serve(start.parent, port, ip, browser)
+    os.environ.setdefault('AVDD_RUNS', str(Path('runs').resolve()))
     flags = [] if browser else ['--no-browser']
     os.execv(sys.executable, [sys.executable, '-m', 'jupyterlab', f'--port={port}', '--LabApp.news_url=None', *flags,
                               f'--ServerApp.root_dir={start.parent}', f'--LabApp.default_url=/lab/tree/{start.name}'])
