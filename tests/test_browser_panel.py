@@ -1,14 +1,20 @@
 """The panel in a real browser: a slider, Distil, Stop, reload, Resume, Evaluate; nothing leaves here."""
+import importlib.util
+import json
 import re
+import socket
+import subprocess
+from pathlib import Path
 
 import pytest
-from test_browser import CHROMIUM, MISSING, browser, lab, open_notebook, playwright, write_notebook
+from test_browser import CHROMIUM, MISSING, _wait_for, browser, lab, open_notebook, playwright, write_notebook
 
 __all__ = ['browser', 'lab', 'playwright']                                          # fixtures of that file, used here
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(400), pytest.mark.skipif(not CHROMIUM, reason=MISSING)]
 
 TINY = "steps=400, data=dict(n_train=100, n_test=50), width=8, pool_size=2, real_batch=8, features='random'"
-POINTS = "() => Math.max(0, ...[...document.querySelectorAll('.js-plotly-plot')].map(g => g.calcdata?.[0]?.length || 0))"
+POINTS = """() => Math.max(0, ...[...document.querySelectorAll('.js-plotly-plot')].map(
+  g => g.calcdata?.[0]?.length || 0))"""
 
 
 def panel_notebook(path, line):
@@ -80,5 +86,51 @@ def test_panel_in_jupyterlab(browser, lab, tmp_path):
         page.locator('.avdd-table th', has_text='whole data')).first.wait_for(state='attached', timeout=180_000)
     page.locator('avdd-wall').wait_for(state='attached', timeout=60_000)
     page.screenshot(path=tmp_path/'finished.png')
+    page.close()
+    assert browser.outside == []
+
+
+@pytest.fixture(scope='module')
+def classroom(tmp_path_factory):
+    "(folder, address) of a class served with Voilà: one chapter, a small quota, everything below a folder of its own."
+    if not importlib.util.find_spec('voila'): pytest.skip("voila is missing: pip install 'avdd_nb[demo]'")
+    from avdd_nb import classroom as room
+    home = tmp_path_factory.mktemp('class')
+    nbs = home/'nbs'
+    (nbs/'methods').mkdir(parents=True)
+    panel_notebook(nbs/'methods'/'dm.ipynb', f"panel('dm', {TINY})")
+    nb = json.loads((nbs/'methods'/'dm.ipynb').read_text())
+    nb['cells'].insert(0, dict(cell_type='markdown', id='head', metadata={}, source='# DM: a chapter\n\n$x^2$'))
+    (nbs/'methods'/'dm.ipynb').write_text(json.dumps(nb))
+    room.write_pages(nbs, home/'pages')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = room.class_env(home) | dict(HOME=str(home), AVDD_QUOTA='runs=1,steps=400,ipc=2',
+                                      PYTHONPATH=str(Path(__file__).resolve().parents[1]))
+    with open(home/'log', 'w') as log:
+        server = subprocess.Popen(room.class_command(home/'pages', port, browser=False), env=env, stdout=log, stderr=log)
+    try:
+        _wait_for(f'http://127.0.0.1:{port}/', home/'log')
+        yield home, f'http://127.0.0.1:{port}'
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def test_a_class_distils_in_voila(browser, classroom, tmp_path):
+    home, address = classroom
+    page = browser.new_page()
+    page.goto(address)                                                              # the list of chapters
+    page.screenshot(path=tmp_path/'list.png')
+    page.get_by_role('link', name='DM a chapter').click()
+    distil_and_stop(page, tmp_path)
+    page.reload()                                                                   # a new kernel: the run is found again
+    page.screenshot(path=tmp_path/'again.png')
+    slide(page, 'factor')
+    press(page, 'Distil')
+    wait_for_news(page, 'step')
+    assert len(list((home/'runs').iterdir())) == 1                                  # the same settings, the same run
+    page.screenshot(path=tmp_path/'attached.png')
     page.close()
     assert browser.outside == []
