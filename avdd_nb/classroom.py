@@ -59,7 +59,7 @@ def title_of(nb):
     "The first heading of a notebook, in characters that any file system likes."
     text = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
     heading = re.search(r'^# (.+)$', text, re.M)
-    return re.sub(r'[^\w +,&()-]+', ' ', heading[1] if heading else 'untitled').strip()
+    return ' '.join(re.sub(r'[^\w +,&()-]+', ' ', heading[1] if heading else 'untitled').split())
 
 def write_pages(nbs, folder):
     "Writes the class pages of the notebooks below `nbs` into `folder`; gives back their paths in order."

@@ -108,8 +108,8 @@ def classroom(tmp_path_factory):
         port = s.getsockname()[1]
     env = room.class_env(home) | dict(HOME=str(home), AVDD_QUOTA='runs=1,steps=400,ipc=2',
                                       PYTHONPATH=str(Path(__file__).resolve().parents[1]))
-    with open(home/'log', 'w') as log:
-        server = subprocess.Popen(room.class_command(home/'pages', port, browser=False), env=env, stdout=log, stderr=log)
+    command = room.class_command(home/'pages', port, browser=False)
+    with open(home/'log', 'w') as log: server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
         _wait_for(f'http://127.0.0.1:{port}/', home/'log')
         yield home, f'http://127.0.0.1:{port}'
@@ -125,7 +125,7 @@ def test_a_class_distils_in_voila(browser, classroom, tmp_path):
     page.screenshot(path=tmp_path/'list.png')
     page.get_by_role('link', name='DM a chapter').click()
     distil_and_stop(page, tmp_path)
-    page.reload()                                                                   # a new kernel: the run is found again
+    page.reload()                                                                   # a new kernel finds the run again
     page.screenshot(path=tmp_path/'again.png')
     slide(page, 'factor')
     press(page, 'Distil')
