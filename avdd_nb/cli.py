@@ -266,7 +266,7 @@ def pull(source: Annotated[str, Argument(help="a folder, a web address, or OWNER
 def lab(port: Annotated[int, Option(help="port of the server")] = 8888,
         browser: Annotated[bool, Option(help="open a browser")] = True,
         voila: Annotated[bool, Option('--voila', help="for a class: the chapters as pages, with quotas")] = False,
-        ip: Annotated[str, Option(help="address to listen on, with --voila (0.0.0.0: the whole network)")] = '127.0.0.1'):
+        ip: Annotated[str, Option(help="with --voila: address to listen on (0.0.0.0: all)")] = '127.0.0.1'):
     "Opens JupyterLab on the start page; with --voila, the chapters for a class. Runs go to $AVDD_RUNS, else ./runs."
     start = notebook('index.ipynb')
     if voila:
