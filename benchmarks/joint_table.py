@@ -13,6 +13,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).parent
+RESULTS = HERE / 'results' / 'joint.csv'
 DATA = {'soundshapes': dict(n_train=800, n_test=400), 'avmnist': dict(n_train=800, n_test=400)}
 TILED = dict(init='herding', factor=2)
 LABELS = {   # row of the table → (method, its options)
@@ -146,12 +147,52 @@ def gather(args):
     return rows
 
 
-def show(path):
-    "The table: one line per data set, budget and method."
+def read_rows(path=RESULTS):
+    "The measured rows as a frame; None where nothing has been measured yet."
     import pandas as pd
-    frame = pd.read_csv(path)
-    from avdd_nb.report import joint_table
-    print(joint_table(frame).to_markdown(floatfmt='.1f') if hasattr(pd.DataFrame, 'to_markdown') else frame)
+    return pd.read_csv(path, keep_default_na=False) if Path(path).exists() else None
+
+
+def _mean(frame, **where):
+    "mean, standard deviation over distillations and their number, of the rows where columns have these values."
+    for column, value in where.items(): frame = frame[frame[column] == value]
+    each = frame.groupby('distill_seed').value.mean()
+    return each.mean(), each.std(), len(each)
+
+
+def line(part, fusion='mean'):
+    "One line of the table, from the rows of one method at one budget."
+    av, std, n = _mean(part, measure='accuracy', metric='ConvNet', what=f'AV {fusion}')
+    acc = part[part.measure == 'accuracy']
+    others = [_mean(acc[acc.what == f'AV {fusion}'], metric=a)[0] for a in acc.metric.unique() if a != 'ConvNet']
+    kept = _mean(part, measure='shuffle', what='kept')[0]
+    return dict(AV=av, std=std, n=n, audio=_mean(acc, metric='ConvNet', what='audio')[0],
+                image=_mean(acc, metric='ConvNet', what='image')[0],
+                others=sum(others) / len(others) if others else float('nan'),
+                retrieval=_mean(part, measure='retrieval', metric='class@1')[0],
+                covariance=_mean(part, measure='covariance', metric='all')[0],
+                together=kept, within=kept - _mean(part, measure='shuffle', what='within')[0],
+                across=kept - _mean(part, measure='shuffle', what='across')[0],
+                seconds=_mean(part, measure='cost', metric='seconds')[0],
+                MB=_mean(part, measure='cost', metric='MB above start')[0])
+
+
+def table(rows, dataset, ipc, fusion='mean'):
+    "One line per method: accuracy, other networks, cross-modal measures, cost. Empty where nothing was measured."
+    import pandas as pd
+    mine = rows[(rows.dataset == dataset) & (rows.ipc == ipc)]
+    lines = {label: line(mine[mine.label == label], fusion) for label in LABELS if (mine.label == label).any()}
+    return pd.DataFrame(lines).T
+
+
+def show(path):
+    "The tables, one per data set and budget."
+    import pandas as pd
+    rows = read_rows(path)
+    for dataset, ipc in sorted({(d, i) for d, i in zip(rows.dataset, rows.ipc)}):
+        print(f'\n{dataset}, IPC {ipc}')
+        with pd.option_context('display.width', 200, 'display.max_columns', 20):
+            print(table(rows, dataset, ipc).astype(float).round(2))
 
 
 def main():
@@ -159,7 +200,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--data-root')
     p.add_argument('--out', default='runs/joint_table')
-    p.add_argument('--results', type=Path, default=HERE / 'results' / 'joint.csv')
+    p.add_argument('--results', type=Path, default=RESULTS)
     p.add_argument('--datasets', nargs='+', default=list(DATA))
     p.add_argument('--ipc', type=int, nargs='+', default=[1, 10])
     p.add_argument('--seeds', type=int, default=3)
