@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from avdd_nb.core import UserError
+from avdd_nb.data.catalog import load
 from avdd_nb.data.paired import Modality, PairedData
 from avdd_nb.distill import distill
 from avdd_nb.match import augment
 from avdd_nb.methods.base import make_method
-from avdd_nb.methods.dc import DC
+from avdd_nb.methods.dc import DC, Visit
 from avdd_nb.runs import RunConfig, load_run, run
 
 C, KINDS = 3, dict(audio=Modality('audio', 'spectrogram', (1, 32, 16)), image=Modality('image', 'image', (3, 16, 16)))
@@ -106,6 +107,25 @@ def test_loss_falls_and_seeds_decide(name):
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
 
 
+def test_kept_gradients_are_those_that_would_be_computed(monkeypatch):
+    m, made = method(pool_size=2, outer=2), []
+    plain = Visit._measure
+    monkeypatch.setattr(Visit, '_measure', lambda self, *a: made.append(self.stream) or plain(self, *a))
+    first = m.begin(data(), 1, 0)
+    walk(m, first, 8)
+    assert len([s for s in made if s[0] == 'entry']) == 2*len(KINDS) and ('step', 1) in made and ('step', 0) not in made
+    made.clear()
+    again = m.begin(data(), 1, 0)
+    walk(m, again, 8, at_once=2)
+    assert not [s for s in made if s[0] == 'entry']
+    for mod in KINDS: torch.testing.assert_close(first.tensors[mod], again.tensors[mod], rtol=1e-4, atol=1e-5)
+    visit = m.source(data(), 0).at(4)
+    visit.nets = m.networks(KINDS, C, 0, visit.number, torch.device('cpu'))
+    for mod in KINDS:
+        kept, computed = visit.real_gradients(mod, slice(1, 3)), plain(visit, mod, slice(1, 3))
+        for k in kept: torch.testing.assert_close(kept[k], computed[k], rtol=1e-5, atol=1e-7)
+
+
 def test_noise_is_noise_and_says_so():
     syn = method('dc').begin(data(), 4, 0)
     assert syn.provenance['init'] == 'noise' and 'network' not in syn.extras
@@ -124,9 +144,13 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def splits(): return load('soundshapes', **CONFIG.data)
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, splits):
     out = tmp_path_factory.mktemp('runs')/'whole'
-    list(run(CONFIG, out))
+    list(run(CONFIG, out, splits=splits))
     return (out/'result.safetensors').read_bytes(), out
 
 
@@ -138,22 +162,23 @@ for p in run(RunConfig(**json.loads(sys.argv[1])), sys.argv[2], checkpoint_every
 
 
 @pytest.mark.parametrize('stop', [2, 3, 5])
-def test_stopped_anywhere_in_a_network_s_life_it_ends_in_the_same_bytes(whole, tmp_path, stop):
-    gen = run(CONFIG, tmp_path/'r')
+def test_stopped_anywhere_in_a_network_s_life_it_ends_in_the_same_bytes(whole, splits, tmp_path, stop):
+    gen = run(CONFIG, tmp_path/'r', splits=splits)
     for _ in range(stop): next(gen)
     gen.close()
-    assert [p.step for p in run(CONFIG, tmp_path/'r')] == list(range(stop + 1, 8))
+    assert [p.step for p in run(CONFIG, tmp_path/'r', splits=splits)] == list(range(stop + 1, 8))
     assert (tmp_path/'r'/'result.safetensors').read_bytes() == whole[0]
 
 
-def test_killed_in_a_network_s_life_it_ends_in_the_same_bytes(whole, tmp_path):
+@pytest.mark.slow
+def test_killed_in_a_network_s_life_it_ends_in_the_same_bytes(whole, splits, tmp_path):
     p = subprocess.Popen([sys.executable, '-c', CHILD, json.dumps(dataclasses.asdict(CONFIG)), str(tmp_path/'r')],
                          stdout=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
     while p.stdout.readline().strip() != '4': assert p.poll() is None
     time.sleep(.05)
     p.send_signal(signal.SIGKILL)
     p.wait()
-    list(run(CONFIG, tmp_path/'r'))
+    list(run(CONFIG, tmp_path/'r', splits=splits))
     assert (tmp_path/'r'/'result.safetensors').read_bytes() == whole[0]
 
 
@@ -161,18 +186,18 @@ def test_the_result_does_not_carry_the_network(whole):
     assert load_run(whole[1])[1].extras == {} and 'network' in load_run(whole[1], 'initial')[1].extras
 
 
-def test_memory_is_told_before_and_explained_after(tmp_path, monkeypatch):
+def test_memory_is_told_before_and_explained_after(tmp_path, splits, monkeypatch):
     told = []
-    list(run(CONFIG, tmp_path/'told', tell=told.append))
+    list(run(CONFIG, tmp_path/'told', splits=splits, tell=told.append))
     assert len(told) == 1 and 'MB' in told[0] and '10 of 10 classes' in told[0]
     for error in (MemoryError(), torch.OutOfMemoryError('CUDA out of memory'),
                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")):
         def short(self, *a, error=error): raise error
         monkeypatch.setattr(DC, 'terms', short)
         with pytest.raises(UserError, match="Out of memory.*Lower ipc, factor or width"):
-            list(run(CONFIG, tmp_path/'r'))
+            list(run(CONFIG, tmp_path/'r', splits=splits))
     monkeypatch.setattr(DC, 'terms', lambda *a: [][1])
-    with pytest.raises(IndexError): list(run(CONFIG, tmp_path/'r'))
+    with pytest.raises(IndexError): list(run(CONFIG, tmp_path/'r', splits=splits))
 
 
 def test_data_without_classes_are_refused():

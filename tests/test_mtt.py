@@ -204,7 +204,7 @@ for p in run(RunConfig(**json.loads(sys.argv[1])), sys.argv[2], checkpoint_every
 """
 
 
-@pytest.mark.parametrize('name', ['mtt', 'tesla'])
+@pytest.mark.parametrize('name', ['mtt', pytest.param('tesla', marks=pytest.mark.slow)])
 def test_killed_it_resumes_to_the_same_bytes(tmp_path, name, monkeypatch):
     config = dataclasses.replace(CONFIG, method=name)
     command = [sys.executable, '-c', CHILD, json.dumps(dataclasses.asdict(config)), str(tmp_path/'r')]

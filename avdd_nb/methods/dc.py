@@ -14,6 +14,7 @@ from ..match import augment, coreset
 from ..match.experts import classifier, sgd_epoch
 from ..match.gradients import as_vector, class_gradients, gradient_distance
 from .base import Learner
+from ..store import cached
 
 # %% ../../nbs/methods/dc.ipynb #cb7f7f2b
 @dataclass
@@ -27,7 +28,8 @@ class DC(Learner):
     real_batch: int = hp(256, 1, 100_000, "real pairs per class and step (all of a class that has fewer)")
     width: int = hp(128, 4, 1024, "channels of the networks")
     strategy: str = hp('', help="augmentations to draw from, joined by _; '' for none")
-    presets = {'quick': dict(steps=40, width=24, real_batch=32, lr=5.), 'paper': dict(steps=1000, ipc=1),
+    pool_size: int = hp(0, 0, 5001, "K: first networks to go around, their real gradients kept; 0: always a new one")
+    presets = {'quick': dict(steps=40, width=24, real_batch=64, lr=5., pool_size=10), 'paper': dict(steps=1000, ipc=1),
                'paper-10': dict(steps=10_000, ipc=10, outer=10, inner=50),
                'paper-20': dict(steps=20_000, ipc=20, outer=20, inner=25)}
     tiny = dict(options=dict(lr=1.))
@@ -89,28 +91,48 @@ def fixed_mb(self: DC, syn):
 # %% ../../nbs/methods/dc.ipynb #98a4bc15
 @dataclass
 class Visit:
-    "One step's look through network `number`, for the time `k`: which real pairs, which ω, which training order."
+    """One step's look through network `number`, for the time `k`: which real pairs, which ω, which training order.
+
+    stream: what these are drawn from, with the seed. kept: whether the real gradients are, on disk.
+    """
     method: DC
     data: object
     seed: int
-    step: int
+    number: int
+    k: int
+    stream: tuple
+    kept: bool = False
     nets: dict = None
 
     def __post_init__(self):
-        self.number, self.k = divmod(self.step, self.method.outer)
-        self.omega = augment.draw(self._rng('omega'), self.method.strategy)
+        self.omega = augment.draw(self.rng('omega'), self.method.strategy)
         n = min(self.method.real_batch, int(self.data._by_class[2].min()))
-        self.real = self.data.per_class(n, self._rng('batch'))
+        self.real = self.data.per_class(n, self.rng('batch'))
 
-    def _rng(self, what): return rng('dc', self.seed, self.step, what)
+    def rng(self, what):
+        "The generator for one of this visit's draws."
+        return rng('dc', self.seed, *self.stream, what)
 
-    def real_gradients(self, m, groups):
-        "Gradients (c, …) of modality `m`'s network on this step's real pairs of a slice of classes, in portions."
-        spec, x = self.data.modalities[m], self.data.tensors[m]
-        batches = (augment.apply(spec.normalise(x[idx.to(x.device)]), self.omega) for idx in self.real[groups])
-        portion = max(1, min(64, int(PORTION_MB/(4*sample_mb([spec.shape], self.method.width)))))
-        return class_gradients(self.nets[m], batches, range(groups.start, groups.stop), portion=portion)
+# %% ../../nbs/methods/dc.ipynb #bcd60967
+@patch
+def real_gradients(self: Visit, m, groups):
+    "name → gradients (c, …) of modality `m`'s network on this visit's real pairs of a slice of classes."
+    if not self.kept: return self._measure(m, groups)
+    r = self.method
+    key = dict(data=self.data.hash, modality=m, width=r.width, strategy=r.strategy, real_batch=r.real_batch,
+               seed=self.seed, entry=self.number)
+    whole, _ = cached('gradients', key, lambda: (self._measure(m, slice(0, self.data.n_classes)), key))
+    return {k: g[groups].to(self.data.device) for k, g in whole.items()}
 
+@patch
+def _measure(self: Visit, m, groups):
+    "The same, computed in portions."
+    spec, x = self.data.modalities[m], self.data.tensors[m]
+    batches = (augment.apply(spec.normalise(x[idx.to(x.device)]), self.omega) for idx in self.real[groups])
+    portion = max(1, min(64, int(PORTION_MB/(4*sample_mb([spec.shape], self.method.width)))))
+    return class_gradients(self.nets[m], batches, range(groups.start, groups.stop), portion=portion)
+
+# %% ../../nbs/methods/dc.ipynb #9a6bda9e
 @dataclass
 class Walk:
     "The draws of a run: `.at(step)`."
@@ -118,7 +140,14 @@ class Walk:
     data: object
     seed: int
 
-    def at(self, step): return Visit(self.method, self.data, self.seed, step)
+    def at(self, step):
+        "The `Visit` of this step."
+        (number, k), size = divmod(step, self.method.outer), self.method.pool_size
+        if not size: return Visit(self.method, self.data, self.seed, number, k, ('step', step))
+        round_, place = divmod(number, size)
+        entry = torch.randperm(size, generator=rng('dc order', self.seed, round_))[place].item()
+        stream = ('step', step) if k else ('entry', entry)
+        return Visit(self.method, self.data, self.seed, entry, k, stream, kept=k == 0)
 
 @patch
 def source(self: DC, data, seed):
@@ -133,7 +162,7 @@ def _train(self: DC, syn, visit):
     if visit.k:
         sizes = [sum(p.numel() for p in net.parameters()) for net in nets.values()]
         with torch.no_grad(): x, y = syn.decode()
-        gen = visit._rng('training')
+        gen = visit.rng('training')
         for (m, net), vector in zip(nets.items(), syn.extras['network'].split(sizes)):
             vector_to_parameters(vector.clone(), net.parameters())
             for _ in range(self.inner): sgd_epoch(net, x[m].__getitem__, y, self.lr_net, 256, self.strategy, gen)
