@@ -9,7 +9,7 @@ __all__ = ['CLASSES', 'SHAPES', 'VOICES', 'SHAPE_OF', 'VOICE_OF', 'KNOBS', 'SHAP
 
 # %% ../../nbs/data/soundshapes.ipynb #7831c0d3
 import json, math, re, zlib
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 
 import numpy as np
@@ -543,6 +543,12 @@ def tokens(captions):
         row[:len(words)] = torch.tensor([choose(w, number, 'word of soundshapes') for w in words])
     return out
 
+# %% ../../nbs/data/soundshapes.ipynb #a304b54e
+def _lasting(spec, seconds):
+    "The `MelSpec` for sounds of so many seconds."
+    if not .5 <= seconds <= 60: raise UserError(f"soundshapes: seconds={seconds} must lie in 0.5…60.")
+    return replace(spec, length=round(seconds*spec.sr))
+
 # %% ../../nbs/data/soundshapes.ipynb #af2426bb
 def _check_load(n_train, n_test, image_size, modalities):
     for name, n in dict(n_train=n_train, n_test=n_test).items():
@@ -574,14 +580,15 @@ def _ids(n, split, seed, settings):
 
 # %% ../../nbs/data/soundshapes.ipynb #76b3941b
 def load(root=None, seed=0, n_train=2000, n_test=1000, image_size=32, mel='small', modalities=('audio', 'image'),
-         raw=False, difficulty=1., noise=None, clutter=None, ambiguity=None, binding=.9):
+         raw=False, difficulty=1., noise=None, clutter=None, ambiguity=None, binding=.9, seconds=1.):
     """`Splits` of freshly drawn scenes; `root` is not used.
 
     mel: 'small' (64×32), 'avmnist' (32×32), 'avdd' (128×56) or a `MelSpec`. modalities: any of audio, image, depth,
-    caption. raw: decibels as they are, as AVDD has them. Pictures are uint8, log-mels float16 dB, captions int16."""
+    caption. raw: decibels as they are, as AVDD has them. seconds: length of a sound, for a named `mel` (0.5 to 60).
+    Pictures are uint8, log-mels float16 dB, captions int16."""
     modalities = (modalities,) if isinstance(modalities, str) else tuple(modalities)
     _check_load(n_train, n_test, image_size, modalities)
-    spec = mel if isinstance(mel, MelSpec) else choose(mel, PRESETS, 'mel setting')
+    spec = mel if isinstance(mel, MelSpec) else _lasting(choose(mel, PRESETS, 'mel setting'), seconds)
     settings = knobs(difficulty, noise, clutter, ambiguity, binding)
     kinds, sets = {}, {}
     for split, n in dict(train=n_train, test=n_test).items():
