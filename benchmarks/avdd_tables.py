@@ -69,6 +69,10 @@ TABLES = {   # table → the paper's name of a row → (method, options)
 OTHER_SEEDS = {'control': 10}   # DM of the control shares no seed with AVDD: distillation seeds start here
 
 SCALES = {
+    'tiny': dict(   # to see that everything runs
+        steps=2, ipc=[1], protocol=('thorough', dict(updates=2, width=4)),
+        learner=dict(width=4, pool_size=2, real_batch=4, features='random'), choice=dict(features='random'),
+        data=dict(soundshapes=dict(n_train=100, n_test=60))),
     'small': dict(
         steps=50, ipc=[1, 10], protocol=('thorough', dict(updates=120, width=16)),
         learner=dict(width=16, pool_size=10, real_batch=64, features='random'), choice=dict(features='random'),
@@ -108,7 +112,7 @@ def jobs(args):
     seen = {}
     for ipc in args.ipc or SCALES[args.scale]['ipc']:
         for table in args.tables:
-            for dataset in args.datasets:
+            for dataset in args.datasets or SCALES[args.scale]['data']:
                 for label, method, options, changes in rows_asked(table):
                     if args.rows and label not in args.rows:
                         continue
@@ -170,7 +174,7 @@ def rows_of(rows, table, dataset, ipc, fusion='mean', scale='small'):
         evaluation = {} if changes == RETRIEVAL else dict(arch='ConvNet', head='ensemble') | changes
         mine = [r for r in rows if r['dataset'] == dataset and int(r['ipc']) == (0 if method == 'whole' else ipc)
                 and r['method'] == method
-                and r.get('fusion', '') in ('', fusion) and first <= int(r['distill_seed']) < first + 10
+                and r.get('fusion', '') in ('', fusion, r.get('head')) and first <= int(r['distill_seed']) < first + 10
                 and json.loads(r['options']) == wanted and all(r[k] == v for k, v in evaluation.items())]
         if mine:
             found[label] = mine
@@ -204,7 +208,7 @@ def main():
     p.add_argument('--scale', default='small', choices=list(SCALES))
     p.add_argument('--tables', nargs='+', default=list(TABLES), choices=list(TABLES))
     p.add_argument('--rows', nargs='+', help="only the rows with these labels")
-    p.add_argument('--datasets', nargs='+', default=['avmnist', 'soundshapes'])
+    p.add_argument('--datasets', nargs='+', help="default: all of the scale")
     p.add_argument('--ipc', type=int, nargs='+')
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--evaluations', type=int, default=1)
