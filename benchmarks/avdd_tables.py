@@ -174,7 +174,7 @@ def rows_of(rows, table, dataset, ipc, fusion='mean', scale='small'):
         evaluation = {} if changes == RETRIEVAL else dict(arch='ConvNet', head='ensemble') | changes
         mine = [r for r in rows if r['dataset'] == dataset and int(r['ipc']) == (0 if method == 'whole' else ipc)
                 and r['method'] == method
-                and r.get('fusion', '') in ('', fusion, r.get('head')) and first <= int(r['distill_seed']) < first + 10
+                and r.get('fusion', '') in ('', fusion, 'joint') and first <= int(r['distill_seed']) < first + 10
                 and json.loads(r['options']) == wanted and all(r[k] == v for k, v in evaluation.items())]
         if mine:
             found[label] = mine

@@ -38,7 +38,10 @@ def write_rows(path, rows, order):
 
     from avdd_nb.store import atomic_write
     rows = sorted(rows, key=lambda row: [str(row.get(column, '')) for column in order])
-    return atomic_write(path, pd.DataFrame(rows).to_csv(index=False, float_format='%.6g'))
+    frame = pd.DataFrame(rows)
+    first = [column for column in order if column in frame]
+    frame = frame[first + sorted(set(frame) - set(first))]
+    return atomic_write(path, frame.to_csv(index=False, float_format='%.6g'))
 
 
 def read_rows(path):

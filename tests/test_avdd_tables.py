@@ -1,4 +1,4 @@
-"benchmarks/avdd_tables.py at its tiny scale: every table has rows, shared runs are run once, a second start does nothing."
+"The tables of the AVDD paper at a tiny scale: all have rows, shared runs are run once, a second start does nothing."
 import subprocess
 import sys
 import time
