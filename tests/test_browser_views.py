@@ -1,9 +1,14 @@
 """The interactive views in a real browser: click, lasso, slider, keys; the right bytes; nothing leaves the machine."""
 import base64
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from test_browser import CHROMIUM, MISSING, browser, lab, open_notebook, playwright, write_notebook
+from test_browser import CHROMIUM, MISSING, _wait_for, browser, lab, open_notebook, playwright, write_notebook
 
 __all__ = ['browser', 'lab', 'playwright']                                          # fixtures of that file, used here
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300), pytest.mark.skipif(not CHROMIUM, reason=MISSING)]
@@ -169,3 +174,46 @@ def test_a_report_is_alive_by_keyboard(browser, report, tmp_path, scheme, width)
     assert page.evaluate('document.documentElement.scrollWidth') <= width
     assert page.evaluate('window.hacked') is None and said == [] and browser.outside == []
     page.close()
+
+
+@pytest.fixture(scope='module')
+def voila(tmp_path_factory):
+    "(folder, address) of one page of views served with Voilà and the template that asks no network."
+    pytest.importorskip('voila', reason="voila is missing: pip install 'avdd_nb[demo]'")
+    root, home = Path(__file__).resolve().parents[1], tmp_path_factory.mktemp('voila')
+    right = "json.dump(sound(1, 5), open('right.json', 'w'))"
+    views = ['m.live()', 'wall(syn, tiles=True, per_class=2)', 'tiles_ear(syn, 3)']
+    write_notebook(home/'page.ipynb', [SETUP, *views, right])
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = dict(os.environ, HOME=str(home), PYTHONPATH=str(root), JUPYTER_PATH=str(root/'avdd_nb'/'share'/'jupyter'))
+    command = [sys.executable, '-m', 'voila', str(home/'page.ipynb'), '--no-browser', '--Voila.ip=127.0.0.1',
+               f'--port={port}', '--template=offline']
+    with open(home/'log', 'w') as log: server = subprocess.Popen(command, env=env, cwd=home, stdout=log, stderr=log)
+    try:
+        _wait_for(f'http://127.0.0.1:{port}/voila/static/voila.js', home/'log')
+        yield home, f'http://127.0.0.1:{port}'
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+def test_the_live_map_answers_in_voila(browser, voila, tmp_path):
+    home, address = voila
+    page = browser.new_page()
+    page.goto(address, wait_until='commit', timeout=120_000)                        # the page comes cell by cell
+    plot = page.locator('.js-plotly-plot').first
+    plot.wait_for(timeout=120_000)
+    page.wait_for_timeout(1500)
+    click_point(page, plot, 105)
+    page.wait_for_function("() => document.querySelector('.avdd-card audio')?.currentTime > 0", timeout=30_000)
+    assert sounds(page) == [json.loads((home/'right.json').read_text())]
+    assert plot.bounding_box()['width'] > 400                                       # a bare figure shrinks to nothing
+    page.locator('avdd-wall [data-cell="4"]').click()
+    page.wait_for_function("() => document.querySelector('avdd-wall audio').currentTime > 0")
+    assert page.locator('avdd-ear audio').count() == 4
+    page.screenshot(path=tmp_path/'voila.png', full_page=True)
+    assert page.evaluate('window.hacked') is None
+    page.close()
+    assert browser.outside == []
