@@ -195,8 +195,9 @@ def show(rows, scale='small'):
                     by = {m: [r['accuracy'] for r in mine if r['modality'] == m] for m in ('AV', 'audio', 'image')}
                     spread = stdev(by['AV']) if len(by['AV']) > 1 else 0
                     seconds = mean(r['distill_seconds'] for r in mine)
-                    print(f"| {label} | {mean(by['AV']):.1f} ± {spread:.1f} | {mean(by['audio']):.1f} | "
-                          f"{mean(by['image']):.1f} | {len(by['AV'])} | {seconds:.1f} |")
+                    branch = [f"{mean(by[m]):.1f}" if by[m] else '' for m in ('audio', 'image')]
+                    print(f"| {label} | {mean(by['AV']):.1f} ± {spread:.1f} | {' | '.join(branch)} | "
+                          f"{len(by['AV'])} | {seconds:.1f} |")
 
 
 def main():
