@@ -39,15 +39,15 @@ def in_words(at):
 # %% ../nbs/watch.ipynb #58eedeb8
 class Curves(W.Box):
     "The loss and its terms of a run, live: `draw(events)` with all events so far."
-    def __init__(self, width=560):
+    def __init__(self, width=520):
         super().__init__([], layout=W.Layout(width=f'{width}px', max_width='100%', overflow='hidden'))
         self.width, self.names = width, None
 
-    def draw(self, events):
-        "Shows these events (dicts of an events file)."
+    def draw(self, events, anew=False):
+        "Shows these events (dicts of an events file); `anew` makes a figure that a reloaded page shows whole."
         from avdd_nb.views.curves import loss_series
         series = loss_series(events) if events else {}
-        if list(series) != self.names: self._new(events, series)
+        if anew or list(series) != self.names: self._new(events, series)
         if not series: return
         figure = self.children[0]
         with figure.batch_update():
@@ -61,7 +61,8 @@ class Curves(W.Box):
         self.names, self.children = list(series), []
         if not series: return
         base = loss_curves(events).figure
-        base.update_layout(width=self.width, height=380, uirevision='stay')
+        base.update_layout(width=self.width, height=360, uirevision='stay')
+        base.update_yaxes(dtick=None)
         self.children = [go.FigureWidget(base)]
 
 # %% ../nbs/watch.ipynb #fc082856
@@ -204,7 +205,7 @@ def _widgets(self: Watch, before):
     self.buttons = W.Box([*before, self.stop, self.resume, self.evaluate, self.save, self.compare], layout=row())
     self.bar = W.FloatProgress(value=0, max=1, bar_style='info', layout=W.Layout(width='auto', height='14px'))
     self.curves = Curves()
-    self.pictures = W.HTML(layout=W.Layout(flex='1 1 300px', min_width='280px', max_width='100%', overflow='auto'))
+    self.pictures = W.HTML(layout=W.Layout(flex='1 1 240px', min_width='240px', max_width='100%', overflow='auto'))
     self.side = W.Box([self.curves, self.pictures], layout=row())
     self.results, self.look = W.HTML(), W.Output(layout=W.Layout(width='auto'))
     self.others, self.logs = W.VBox([]), W.HTML()
@@ -248,7 +249,9 @@ def _look_on(self: Watch):
         if not live: break
         time.sleep(min(4, max(.7, 30*(time.thread_time() - began))))
     time.sleep(.5)
-    self.refresh()
+    with self._busy:
+        self.refresh()
+        self.curves.draw(self._events, anew=True)
 
 # %% ../nbs/watch.ipynb #7770c3db
 @patch
