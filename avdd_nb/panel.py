@@ -160,6 +160,14 @@ def config(self: Panel):
                        self.data_form.values(), self.form.values())
 
 @patch
+def evaluate_with(self: Panel, protocol=None, seeds=None, baselines=None, **fields):
+    "Sets how runs are evaluated: what is given, the rest as it is."
+    if protocol: self.protocol.value = choose(protocol, PROTOCOLS, 'protocol')
+    if seeds: self.seeds.value = seeds
+    if baselines is not None: self.rivals.value = baselines
+    for name, value in fields.items(): choose(name, self.protocol_form.controls, 'field of a protocol').value = value
+
+@patch
 def evaluation(self: Panel):
     "The arguments of the evaluation as it is set."
     base = PROTOCOLS[self.protocol.value]
@@ -243,11 +251,12 @@ def _repr_mimebundle_(self: Panel, **kw):
 
 # %% ../nbs/panel.ipynb #fea7a9e2
 def panel(method='avdd', dataset='soundshapes', preset='quick', *, ipc=1, steps=None, seed=0, device='cpu', data=None,
-          root=None, **options):
+          root=None, evaluation=None, **options):
     """A panel for `method` on `dataset`: settings, cost, Distil, Stop, Resume, Evaluate, Save, Compare, live views.
 
     preset: 'quick', 'paper', or one that the method declares; steps: default that of the preset; data: options of the
-    data set; root: data root; options: hyperparameters. Where a run with these settings exists, it is shown.
+    data set; root: data root; evaluation: protocol, seeds, baselines, or fields of the protocol; options:
+    hyperparameters. Where a run with these settings exists, it is shown.
     """
     choose(method, methods(), "method")
     choose(dataset, SOURCES, "data set")
@@ -255,6 +264,7 @@ def panel(method='avdd', dataset='soundshapes', preset='quick', *, ipc=1, steps=
     choose(preset, methods()[method].presets, "preset")
     settings = dict(ipc=ipc, steps=steps, seed=seed, device=device)
     made = Panel(method, dataset, preset, settings, data or {}, options, root)
+    made.evaluate_with(**(evaluation or {}))
     folder = jobs.run_folder(made.config)
     if jobs.standing(folder).phase != 'new': made.watch.follow(folder)
     return made

@@ -106,7 +106,7 @@ LOOK = """<style>
 .avdd-say.stopped, .avdd-say.new { border-left: 4px solid #888; padding-left: 8px; }
 .avdd-now { display: flex; gap: 8px; overflow-x: auto; font-size: 12px; }
 .avdd-now img { max-width: none; image-rendering: pixelated; display: block; }
-.avdd-names { padding-top: 36px; flex: none; max-width: 9em; }
+.avdd-names { padding-top: 36px; flex: none; max-width: 11em; }
 .avdd-names span { display: flex; align-items: center; overflow: hidden; white-space: nowrap; }
 .avdd-heads { position: relative; height: 36px; }
 .avdd-heads span { position: absolute; text-align: center; white-space: pre; line-height: 16px; bottom: 2px; }
@@ -239,6 +239,7 @@ def _once(self: Watch, what, mark, show):
 def _mark(paths):
     return [(p.name, p.stat().st_mtime_ns) for p in sorted(paths)]
 
+# %% ../nbs/watch.ipynb #look0n01
 @patch
 def _look_on(self: Watch):
     "Looks until nothing is at work, using at most a thirtieth of a processor."

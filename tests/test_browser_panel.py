@@ -69,7 +69,8 @@ def distil_and_stop(page, shots):
 
 def test_panel_in_jupyterlab(browser, lab, tmp_path):
     folder = lab[0]
-    panel_notebook(folder/'panel.ipynb', f"panel('dm', {TINY})")
+    quick = 'evaluation=dict(seeds=1, baselines=False, width=8, epochs=5)'
+    panel_notebook(folder/'panel.ipynb', f"panel('dm', {TINY}, {quick})")
     page = open_notebook(browser, lab, 'panel.ipynb')
     run_all(page)
     distil_and_stop(page, tmp_path)
@@ -82,9 +83,10 @@ def test_panel_in_jupyterlab(browser, lab, tmp_path):
     press(page, 'Resume')
     wait_for_news(page, 'finished.*step 400 of 400')
     press(page, 'Evaluate')
-    page.locator('.avdd-table td', has_text='whole data').or_(
-        page.locator('.avdd-table th', has_text='whole data')).first.wait_for(state='attached', timeout=180_000)
+    page.locator('.avdd-table th', has_text='dm').first.wait_for(state='attached', timeout=180_000)
     page.locator('avdd-wall').wait_for(state='attached', timeout=60_000)
+    page.wait_for_timeout(1500)
+    page.locator('avdd-wall').scroll_into_view_if_needed()
     page.screenshot(path=tmp_path/'finished.png')
     page.close()
     assert browser.outside == []
