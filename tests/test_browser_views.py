@@ -162,6 +162,9 @@ def test_a_report_is_alive_by_keyboard(browser, report, tmp_path, scheme, width)
     page.keyboard.press('Enter')
     page.wait_for_function("() => document.querySelector('avdd-wall audio').currentTime > 0")
     assert page.locator('avdd-wall [data-cell="1"]').get_attribute('aria-pressed') == 'true'
+    page.locator('avdd-wall [data-cell="1"]').hover()                                 # still shows its picture
+    seen = "b => getComputedStyle(b).backgroundImage.slice(0, 20)"
+    assert page.locator('avdd-wall [data-cell="1"]').evaluate(seen).startswith('url("data:image/png')
     page.locator('avdd-wall input[type=range]').focus()
     page.keyboard.press('Home')
     assert page.locator('avdd-wall input[type=range]').get_attribute('aria-valuetext') == 'start'

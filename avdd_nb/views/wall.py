@@ -166,7 +166,7 @@ WALL_LOOK = """<style>
 .avdd-block span { display: block; font-size: 13px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap;
   width: 0; min-width: 100%; margin-bottom: 3px; }
 .avdd-cells { display: flex; flex-wrap: wrap; gap: 4px; min-width: 84px; }
-.avdd .avdd-blocks .avdd-cells button { background: none; background-image: var(--state);
+.avdd .avdd-blocks .avdd-cells button { background: none; background-image: var(--state) !important;
   background-repeat: no-repeat; border: 0; padding: 0; min-height: 0; border-radius: 2px; image-rendering: pixelated; }
 .avdd .avdd-blocks .avdd-cells button:hover { outline: 2px solid rgba(128,128,128,.9); }
 .avdd .avdd-blocks .avdd-cells button[aria-pressed=true] { outline: 3px solid #0072B2; outline-offset: 1px; }
