@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['START_TRIES', 'DIED', 'whole_rows', 'commit', 'Handle', 'by_notebook', 'bare', 'run_folder', 'run_job', 'mark_failed']
 
-# %% ../../nbs/sweep/job.ipynb #9661f006
+# %% ../../nbs/sweep/job.ipynb #d7c6dae6
 import contextlib, functools, json, os, platform, signal, subprocess, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,22 +14,26 @@ from ..core import UserError
 from ..store import append_event, cached, lock, read_json, write_json
 from .plan import ONE, done, job_folder, page, page_parameters
 
-# %% ../../nbs/sweep/job.ipynb #5e348501
-def whole_rows(splits, protocol, seeds=1, device='cpu'):
-    "Rows of `evaluate` for the whole training data, one seed after the other; each is measured once and kept."
-    from avdd_nb.crossmodal import evaluate_pairs, protocol_like
-    from avdd_nb.evaluate import evaluate
-    train, test, rows = splits.train.to(device), splits.test, []
-    if not train.n_classes: protocol = protocol_like(protocol)
-    judge = evaluate if train.n_classes else evaluate_pairs
-    more = {} if train.n_classes else dict(val=splits.val)
+# %% ../../nbs/sweep/job.ipynb #0d8f2ed9
+def whole_rows(splits, protocol, seeds=1, device='cpu', judge='accuracy'):
+    "Rows of the judge for the whole training data, one seed after the other; each is measured once and kept."
+    train, rows = splits.train.to(device), []
+    ask, protocol, more = _judge_of(splits, protocol, judge)
     for seed in range(seeds):
-        key = dict(train=train.hash, test=test.hash, protocol=asdict(protocol), seed=seed)
-        make = lambda seed=seed: ({}, judge(train, test, protocol, [seed], **more))
+        key = dict(train=train.hash, test=splits.test.hash, protocol=asdict(protocol), seed=seed, judge=judge)
+        make = lambda seed=seed: ({}, ask(train, splits.test, protocol, [seed], **more))
         rows += cached('whole', key, make)[1]
     return [dict(method='whole data', ipc=0, data_hash=train.hash) | r for r in rows]
 
-# %% ../../nbs/sweep/job.ipynb #e3acf077
+def _judge_of(splits, protocol, judge):
+    "(function, protocol, further options): pairs without classes have a judge of their own."
+    from avdd_nb.crossmodal import evaluate_pairs, protocol_like
+    from avdd_nb.evaluate import evaluate
+    from avdd_nb.runs import JUDGES
+    if not splits.train.n_classes: return evaluate_pairs, protocol_like(protocol), dict(val=splits.val)
+    return evaluate if judge == 'accuracy' else JUDGES[judge], protocol, {}
+
+# %% ../../nbs/sweep/job.ipynb #aec65ae1
 @functools.cache
 def commit():
     "The git commit of this clone, with a + where files differ from it; '' outside of a clone."
@@ -40,7 +44,7 @@ def commit():
     try: return git('rev-parse', '--short=12', 'HEAD') + ('+' if git('status', '--porcelain', '-uno') else '')
     except OSError: return ''
 
-# %% ../../nbs/sweep/job.ipynb #41a51ee7
+# %% ../../nbs/sweep/job.ipynb #fa674e31
 def _facts(start):
     from avdd_nb.runs import versions
     return dict(seconds=time.time() - start, versions=versions(), commit=commit(), host=platform.node())
@@ -53,7 +57,7 @@ def _parameters(job, folder, root):
     takes = page_parameters(page(job.notebook))
     return job.parameters | {k: v for k, v in mine.items() if k in takes}
 
-# %% ../../nbs/sweep/job.ipynb #95de0938
+# %% ../../nbs/sweep/job.ipynb #412fb868
 @dataclass
 class Handle:
     """What may be asked of a job that is going on: its kernel's `pid`; after `stop()` it writes a checkpoint and ends.
@@ -81,7 +85,7 @@ class Handle:
         "Between two cells a kernel hears no interrupt: the stop happens here."
         if self.stopped: raise KeyboardInterrupt
 
-# %% ../../nbs/sweep/job.ipynb #220f6fd2
+# %% ../../nbs/sweep/job.ipynb #0826c7a1
 @functools.cache
 def _register_engine():
     "Papermill's engine, with the ears; registered under the name 'avdd'."
@@ -110,7 +114,7 @@ def _register_engine():
 
     papermill_engines.register('avdd', Engine)
 
-# %% ../../nbs/sweep/job.ipynb #fc2fe4b7
+# %% ../../nbs/sweep/job.ipynb #61f72259
 def _page_of(job, pictures):
     "The notebook of a job, without the cells that are only there to look."
     import nbformat
@@ -131,7 +135,7 @@ def by_notebook(job, folder, root=None, env=None, handle=None, pictures=False):
             kernel_name='python3', progress_bar=False, stdout_file=log, stderr_file=log, autosave_cell_every=0,
             handle=handle, on_cell=say, env=os.environ | (env or {}))
 
-# %% ../../nbs/sweep/job.ipynb #252225b7
+# %% ../../nbs/sweep/job.ipynb #93c53863
 @functools.lru_cache(2)
 def _splits(dataset, root, options):
     from avdd_nb.data.catalog import load
@@ -143,12 +147,12 @@ def bare(job, folder, root=None, env=None, handle=None, pictures=False):
     p = job.parameters
     splits = _splits(p['dataset'], str(root) if root else None, json.dumps(p['data_options'], sort_keys=True))
     protocol = make_protocol(p['protocol'], **p['protocol_options'])
-    if job.is_whole: rows = whole_rows(splits, protocol, p['seeds'], p['device'])
+    if job.is_whole: rows = whole_rows(splits, protocol, p['seeds'], p['device'], p['judge'])
     elif job.notebook == ONE: rows = _distil_and_measure(job, folder, root, splits, protocol)
     else: raise UserError(f"{job.notebook} can only run as a notebook: leave out --bare.")
     write_json(job_folder(folder, job)/'rows.json', rows)
 
-# %% ../../nbs/sweep/job.ipynb #5950e5d6
+# %% ../../nbs/sweep/job.ipynb #ef407207
 def run_folder(folder, job):
     "Where the distillation of a job lies; jobs that differ in their evaluation only share it."
     p = job.parameters
@@ -158,9 +162,9 @@ def _distil_and_measure(job, folder, root, splits, protocol):
     from avdd_nb.runs import RunConfig, evaluate_run, run
     here, p = run_folder(folder, job), job.parameters
     for _ in run(RunConfig(**job.identity['run']), here, root, p['device'], splits=splits): pass
-    return evaluate_run(here, protocol, p['seeds'], root, p['device'], splits=splits)
+    return evaluate_run(here, protocol, p['seeds'], root, p['device'], splits=splits, judge=p['judge'])
 
-# %% ../../nbs/sweep/job.ipynb #94960299
+# %% ../../nbs/sweep/job.ipynb #5af889e8
 def run_job(job, folder, work=by_notebook, started=0., **kw):
     """Runs `job` of the sweep in `folder` and says how it went: (state, message).
 
@@ -190,7 +194,7 @@ def mark_failed(here, message):
 
 def _failure(here): return read_json(here/'failed.json') if (here/'failed.json').exists() else None
 
-# %% ../../nbs/sweep/job.ipynb #8f64aae0
+# %% ../../nbs/sweep/job.ipynb #42585e63
 def _attempt(job, folder, here, work, kw):
     "Runs the work; writes the marker, or why there is none."
     start = time.time()
@@ -214,7 +218,7 @@ def _attempt(job, folder, here, work, kw):
 def _run_facts(folder, job):
     return dict(run=str(run_folder(folder, job).relative_to(folder))) if job.run else {}
 
-# %% ../../nbs/sweep/job.ipynb #579d9aee
+# %% ../../nbs/sweep/job.ipynb #e602ef96
 START_TRIES = 3
 
 def _tries(job, folder, work, kw):
@@ -235,7 +239,7 @@ def _wait_for_orphan(folder, job, patience=20.):
             if free: return
         time.sleep(.2)
 
-# %% ../../nbs/sweep/job.ipynb #4aa29cce
+# %% ../../nbs/sweep/job.ipynb #3989f562
 DIED = 'its process died: it was killed, or the memory was not enough'
 
 def _why(e, handle):

@@ -6,7 +6,7 @@
 __all__ = ['ONE', 'WHOLE', 'WHOLE_LABEL', 'SET_BY_SWEEP', 'NAMES', 'read_grid', 'expand', 'page', 'page_parameters', 'Job',
            'make_jobs', 'save_plan', 'read_plan', 'job_folder', 'done', 'shape', 'estimates', 'forecast', 'duration']
 
-# %% ../../nbs/sweep/plan.ipynb #6a969149
+# %% ../../nbs/sweep/plan.ipynb #d85ca128
 import ast, dataclasses, hashlib, itertools, json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,10 +14,10 @@ import avdd_nb
 from ..core import UserError, choose, need
 from ..evaluate import make_protocol
 from ..methods.base import methods
-from ..runs import make_config
+from ..runs import JUDGES, make_config
 from ..store import lock, read_json, write_json
 
-# %% ../../nbs/sweep/plan.ipynb #aefe03e5
+# %% ../../nbs/sweep/plan.ipynb #63d0a4cd
 def read_grid(source):
     "A list of grids (dicts) from a YAML or JSON file, a dict, or a list of dicts."
     if isinstance(source, (str, Path)):
@@ -31,7 +31,7 @@ def read_grid(source):
             raise UserError(f"A grid is a table of parameter: value or list of values, but this is {grid!r}.")
     return grids
 
-# %% ../../nbs/sweep/plan.ipynb #10361283
+# %% ../../nbs/sweep/plan.ipynb #208e367f
 def expand(grid):
     "The points of one grid as a list of dicts: every combination of the lists, the first parameter slowest."
     def alternatives(value):
@@ -41,7 +41,7 @@ def expand(grid):
     values = [alternatives(v) for v in grid.values()]
     return [dict(zip(grid, point)) for point in itertools.product(*values)]
 
-# %% ../../nbs/sweep/plan.ipynb #73973a71
+# %% ../../nbs/sweep/plan.ipynb #01b9b40a
 def page(name):
     "The path of the notebook called `name` (a file of nbs/sweeps without its ending, or a path)."
     if str(name).endswith('.ipynb') and Path(name).exists(): return Path(name).resolve()
@@ -53,7 +53,7 @@ def _pages():
     if there: return there
     raise UserError(f"{folder} is not there: notebooks come with a clone of the project, not with the package.")
 
-# %% ../../nbs/sweep/plan.ipynb #98eb8ed0
+# %% ../../nbs/sweep/plan.ipynb #5e4e972e
 def page_parameters(path):
     "name → default of a notebook's cell that is tagged `parameters`."
     cells = read_json(path).get('cells', [])
@@ -63,7 +63,7 @@ def page_parameters(path):
     except SyntaxError as e: raise UserError(f"The parameters cell of {path} is not Python: {e}") from e
     return {line.targets[0].id: ast.literal_eval(line.value) for line in lines if isinstance(line, ast.Assign)}
 
-# %% ../../nbs/sweep/plan.ipynb #8e75e776
+# %% ../../nbs/sweep/plan.ipynb #3caa42fc
 @dataclass
 class Job:
     """A notebook, its `parameters`, and the `identity`: the part of them (in full) that a result depends on.
@@ -97,7 +97,7 @@ def _hash(thing): return hashlib.sha256(json.dumps(thing, sort_keys=True).encode
 
 ONE, WHOLE = 'run_one', 'whole_data'
 
-# %% ../../nbs/sweep/plan.ipynb #62b7051a
+# %% ../../nbs/sweep/plan.ipynb #59a4f278
 def _run_job(point, options):
     "The `Job` of one distillation and its evaluation."
     method = choose(point['method'], methods(), 'method')
@@ -107,23 +107,28 @@ def _run_job(point, options):
     config = make_config(point['dataset'], method.name, point['ipc'], steps, point['seed'], point['data_options'],
                          mine, point['bf16'])
     parameters = point | dict(steps=steps, data_options=config.data, method_options=config.options)
-    identity = dict(run=asdict(config), protocol=asdict(_protocol(point)), seeds=point['seeds'])
+    identity = dict(run=asdict(config), **_measure(point))
     return Job(ONE, parameters, identity, run=config.hash)
 
-# %% ../../nbs/sweep/plan.ipynb #abf3d28b
+# %% ../../nbs/sweep/plan.ipynb #3bf3c91f
 def _whole_job(point):
     "The `Job` that measures the whole data under the same protocol."
     config = make_config(point['dataset'], 'random', data=point['data_options'])
-    identity = dict(dataset=config.dataset, data=config.data, protocol=asdict(_protocol(point)), seeds=point['seeds'])
+    changed = {k: v for k, v in point['protocol_options'].items() if k != 'start'}
+    point = point | dict(protocol_options=changed)          # the whole data start from scratch
+    identity = dict(dataset=config.dataset, data=config.data, **_measure(point))
     kept = page_parameters(page(WHOLE))
     parameters = {k: v for k, v in point.items() if k in kept} | dict(data_options=config.data)
     return Job(WHOLE, parameters, identity, label=WHOLE_LABEL)
 
 WHOLE_LABEL = 'whole data'
 
-def _protocol(point): return make_protocol(point['protocol'], **point['protocol_options'])
+def _measure(point):
+    "What decides an evaluation: the protocol in full, the number of networks, the judge."
+    protocol = make_protocol(point['protocol'], **point['protocol_options'])
+    return dict(protocol=asdict(protocol), seeds=point['seeds'], judge=choose(point['judge'], list(JUDGES), 'judge'))
 
-# %% ../../nbs/sweep/plan.ipynb #2dee2c82
+# %% ../../nbs/sweep/plan.ipynb #4f455625
 SET_BY_SWEEP = ('out', 'runs', 'baselines', 'quick', 'data_root')
 NAMES = ('notebook', 'label')
 
@@ -139,7 +144,7 @@ def _check_names(grid, defaults):
 
 def _as_list(x): return x if isinstance(x, list) else [x]
 
-# %% ../../nbs/sweep/plan.ipynb #cd4fa62e
+# %% ../../nbs/sweep/plan.ipynb #50b8a35c
 def _jobs_of(grid):
     "The jobs of one grid."
     notebook = grid.get('notebook', ONE)
@@ -164,7 +169,7 @@ def _page_job(path, point, defaults):
     name = path.stem if _pages().get(path.stem) == path else str(path)
     return Job(name, full, full, label)
 
-# %% ../../nbs/sweep/plan.ipynb #583afac9
+# %% ../../nbs/sweep/plan.ipynb #6f92cfd3
 def _with_baselines(jobs):
     "The jobs, each followed by the random one of its budget and seed, and by that of the whole data."
     for job in jobs:
@@ -174,7 +179,7 @@ def _with_baselines(jobs):
         yield dataclasses.replace(_run_job(p | dict(method='random', method_options={}), {}), label='random')
         yield _whole_job(p)
 
-# %% ../../nbs/sweep/plan.ipynb #814eb534
+# %% ../../nbs/sweep/plan.ipynb #7bbc03d7
 def make_jobs(source, baselines=True):
     "The `Job`s of a grid (see `read_grid`), each once, in order; mistakes are a `UserError`, before anything starts."
     jobs = [job for grid in read_grid(source) for job in _jobs_of(grid)]
@@ -183,7 +188,7 @@ def make_jobs(source, baselines=True):
         if not any(name == job.name for name, _ in found): found[job.name, job.label] = job
     return list(found.values())
 
-# %% ../../nbs/sweep/plan.ipynb #c690c16f
+# %% ../../nbs/sweep/plan.ipynb #6e8b79a0
 def save_plan(jobs, folder):
     "Writes `jobs` into the plan of `folder`, beside those that are there; all of them are given back."
     path = Path(folder)/'plan.json'
@@ -200,7 +205,7 @@ def read_plan(folder):
     try: return [Job(**job) for job in read_json(path)['jobs']]
     except (KeyError, TypeError): raise UserError(f"{path} is not a plan of this library: restore it.") from None
 
-# %% ../../nbs/sweep/plan.ipynb #5e32b380
+# %% ../../nbs/sweep/plan.ipynb #72028ebf
 def job_folder(folder, job):
     "Where a job keeps its notebook, log, events, rows and marker."
     return Path(folder)/'jobs'/job.name
@@ -210,7 +215,7 @@ def done(folder, job):
     path = job_folder(folder, job)/'done.json'
     return read_json(path) if path.exists() else None
 
-# %% ../../nbs/sweep/plan.ipynb #ae1b8ffc
+# %% ../../nbs/sweep/plan.ipynb #772ff49b
 def shape(job):
     "The job's identity without its seed, as text."
     run = {k: v for k, v in job.identity.get('run', {}).items() if k != 'seed'}
@@ -224,7 +229,7 @@ def estimates(jobs, folder):
     mean = {s: sum(x)/len(x) for s, x in known.items()}
     return {job.name: mean.get(shape(job)) for job in jobs}
 
-# %% ../../nbs/sweep/plan.ipynb #ab0fd536
+# %% ../../nbs/sweep/plan.ipynb #212e980b
 def forecast(jobs, folder, workers=1):
     "One sentence: how many jobs there are, how many are done, and how long the rest will take on `workers` workers."
     jobs = list({j.name: j for j in jobs}.values())
