@@ -62,7 +62,7 @@ def read_rows(path):
     "The same of BLIP's three json files: training one row per caption, the others with a list; `path` is the first."
     out = {}
     for split in SPLITS:
-        part, captions = Path(str(path).replace('train', split)), {}
+        part, captions = path.with_name(path.name.replace('train', split)), {}
         try:
             for row in read_json(part):
                 many = row['caption'] if isinstance(row['caption'], list) else [row['caption']]
@@ -72,7 +72,7 @@ def read_rows(path):
         out[split] = list(captions.items())
     return out
 
-# %% ../../nbs/data/imagetext.ipynb #1f6c05a9
+# %% ../../nbs/data/imagetext.ipynb #99c0e0f3
 def read_tokens(path):
     "The same of Flickr8k's `picture.jpg#k<TAB>caption` lines and its three lists of pictures."
     captions, lists = {}, dict(train='train', val='dev', test='test')

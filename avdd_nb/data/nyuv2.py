@@ -71,7 +71,7 @@ def read_split(path, n):
     "(train, test) indices from splits.mat, whose numbers count from 1."
     loadmat = need('scipy.io').loadmat
     try: found = loadmat(path)
-    except (OSError, ValueError, TypeError, NotImplementedError) as e:
+    except Exception as e:      # scipy has errors of its own for every way a file can be wrong
         raise UserError(f"{path} cannot be read ({e}).") from e
     try: parts = [torch.from_numpy(found[k].reshape(-1).astype(np.int64)) - 1 for k in ('trainNdxs', 'testNdxs')]
     except KeyError as e: raise UserError(f"{path} has no {e}: it is not the official splits.mat.") from e

@@ -22,7 +22,7 @@ def one_caption_each(data, generator):
     u = torch.rand(len(data), generator=generator).to(data.device)
     return data.first + (u*counts).long()
 
-# %% ../../nbs/match/pairexperts.ipynb #78e0eba1
+# %% ../../nbs/match/pairexperts.ipynb #68f8b891
 class PairExperts:
     """`count` towers trained on the pairs of `data` from one anchor; `at(expert, epoch)` gives their weights.
 
@@ -44,7 +44,7 @@ class PairExperts:
         if epoch == 0: return self.anchor
         key = self.key | dict(expert=expert, epoch=epoch)
         found = cached('pair-experts', key, lambda: (self._epoch(expert, epoch), key))[0]
-        return {k: x.to(self.data.device) for k, x in found.items()}
+        return {k: found[k].to(self.data.device) for k in self.anchor}      # a file keeps no order
 
     def _epoch(self, expert, epoch):
         model = build_towers(self.data.modalities, self.recipe, self.seed).to(self.data.device)

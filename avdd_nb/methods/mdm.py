@@ -47,7 +47,7 @@ class Look:
         "Unit vectors of the batch `x`, modality → (n, D)."
         return run_with(self.network, self.weights, x)
 
-# %% ../../nbs/methods/mdm.ipynb #cb7bbf77
+# %% ../../nbs/methods/mdm.ipynb #082c2005
 class MergedLooks:
     "`size` merges of two experts each (0: a new one at every step), with `kept` real pairs embedded; see `Look`."
     def __init__(self, experts, how='interpolation', gamma=1., size=10, epochs=8, kept=1024, batch=256, seed=0):
@@ -67,7 +67,7 @@ class MergedLooks:
             parts = [run_with(self.experts.network, weights, self.experts.data.pair_batch(r)) for r in rows.split(500)]
         return {m: torch.cat([p[m] for p in parts]) for m in parts[0]}
 
-# %% ../../nbs/methods/mdm.ipynb #e4115404
+# %% ../../nbs/methods/mdm.ipynb #d3af9d11
 @patch
 def entry(self: MergedLooks, k):
     "(weights, unit vectors of the kept real pairs) number k."
@@ -76,7 +76,8 @@ def entry(self: MergedLooks, k):
     key = self.experts.key | dict(how=self.how, gamma=self.gamma, epochs=self.epochs, count=self.experts.count,
                                   kept=self.kept, seed=self.seed, entry=k)
     weights = self.weights(k)
-    return weights, cached('looks', key, lambda: (self.embed(weights, rows), key))[0]
+    real = cached('looks', key, lambda: (self.embed(weights, rows), key))[0]
+    return weights, {m: real[m] for m in self.experts.data.modalities}      # a file keeps no order
 
 @patch
 def at(self: MergedLooks, step):
@@ -154,11 +155,18 @@ def start_tensors(method, data, n, seed):
         return {m: torch.randn(n, *s.shape, generator=g).to(data.device) for m, s in data.modalities.items()}
     experts = method.make_experts(data)
     looks = MergedLooks(experts, epochs=method.expert_epochs, seed=seed)
+    key = experts.key | dict(init=method.init, n=n, start_seed=seed, count=experts.count, epochs=method.expert_epochs)
+    found = cached('pair-starts', key, lambda: (dict(picks=_picks(method.init, looks, n, seed)), key))
+    return data.pair_batch(found[0]['picks'].to(data.device))
+
+def _picks(init, looks, n, seed):
+    "Numbers of the pairs that K-means picks; kept, since rounding can tip a point into another cluster."
+    data = looks.experts.data
     z = looks.embed(looks.weights(0), torch.arange(data.n_pairs, device=data.device))
     image = next(m for m in z if m != data.text)
     points = {'joint-kmeans': torch.cat([z[image], z[data.text]], 1), 'image-kmeans': z[image],
-              'text-kmeans': z[data.text]}[method.init]
-    return data.pair_batch(cluster_picks(F.normalize(points, dim=1), n, seed).to(data.device))
+              'text-kmeans': z[data.text]}[init]
+    return cluster_picks(F.normalize(points, dim=1), n, seed)
 
 # %% ../../nbs/methods/mdm.ipynb #53f332f8
 @dataclass
@@ -195,8 +203,8 @@ class MDM(PairLearner):
         "The three weighted terms, each (1,), on a random batch of the synthetic pairs."
         rows = torch.randperm(len(syn), generator=look.generator)[:self.syn_batch].to(syn.labels.device)
         syn_z = look.embed(syn.decode(rows)[0])
-        E = lambda joint: energy(joint(*look.real.values()), joint(*syn_z.values()), self.sigma, self.distance,
-                                 self.estimator, self.root)[None]
+        E = lambda joint: energy(joint(*look.real.values()), joint(*(syn_z[m] for m in look.real)), self.sigma,
+                                 self.distance, self.estimator, self.root)[None]
         return {'nce': self.lam_nce*contrast(syn_z, self.tau)[None],
                 'agr': self.lam_agr*E(agreement),
                 'dis': self.lam_dis*E(discrepancy)}
