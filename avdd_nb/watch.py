@@ -180,7 +180,8 @@ def still(self: Watch):
 @patch
 def keep_looking(self: Watch):
     "Begins to look regularly, if nobody does."
-    if self.run and not (self._thread and self._thread.is_alive()):
+    with self._busy:
+        if not self.run or self._thread: return
         self._thread = threading.Thread(target=self._look_on, daemon=True)
         self._thread.start()
 
@@ -243,16 +244,19 @@ def _mark(paths):
 @patch
 def _look_on(self: Watch):
     "Looks until nothing is at work, using at most a thirtieth of a processor."
-    while True:
+    while self._thread:
         began = time.thread_time()
-        try: live = self.refresh()
-        except Exception as e: live, self.news.value = True, say(f'{type(e).__name__}: {e}', 'bad')
-        if not live: break
+        try: self._look()
+        except Exception as e: self.news.value = say(f'{type(e).__name__}: {e}', 'bad')
         time.sleep(min(4, max(.7, 30*(time.thread_time() - began))))
-    time.sleep(.5)
+
+@patch
+def _look(self: Watch):
+    "One look; the last one, when nothing is at work any more, leaves curves that a reloaded page shows whole."
     with self._busy:
-        self.refresh()
-        self.curves.draw(self._events, anew=True)
+        if self.refresh(): return
+        self._thread = None
+        if self.run: self.curves.draw(self._events, anew=True)
 
 # %% ../nbs/watch.ipynb #7770c3db
 @patch
