@@ -1,0 +1,46 @@
+"The joint table: lines from tidy rows, cells that are never done twice, no rows where nothing was measured."
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'benchmarks'))
+import joint_table
+
+
+def rows(seed, av, label='DM', **more):
+    same = dict(dataset='soundshapes', label=label, ipc=1, distill_seed=seed, seed=0)
+    values = {('accuracy', 'AV mean', 'ConvNet'): av, ('accuracy', 'AV mean', 'LeNet'): av - 10,
+              ('accuracy', 'audio', 'ConvNet'): 50., ('accuracy', 'image', 'ConvNet'): 30.,
+              ('retrieval', 'audio ↔ image', 'class@1'): 20., ('covariance', 'audio ↔ image', 'all'): .5,
+              ('shuffle', 'kept', 'accuracy'): 60., ('shuffle', 'within', 'accuracy'): 58.,
+              ('shuffle', 'across', 'accuracy'): 40., ('cost', 'distilling', 'seconds'): 2.,
+              ('cost', 'distilling', 'MB above start'): 100.}
+    return [same | dict(measure=a, what=b, metric=c, value=v) for (a, b, c), v in values.items()]
+
+
+def test_a_line_averages_over_distillations():
+    found = joint_table.table(pd.DataFrame(rows(0, 60.) + rows(1, 70.)), 'soundshapes', 1).loc['DM']
+    assert (found.AV, found.n, found.others, found.within, found.across) == (65., 2, 55., 2., 20.)
+    assert found['std'] == pytest.approx(50**.5)
+
+
+def test_methods_keep_the_order_of_the_table_and_missing_ones_are_left_out():
+    frame = pd.DataFrame(rows(0, 60.) + rows(0, 50., 'Random'))
+    assert list(joint_table.table(frame, 'soundshapes', 1).index) == ['Random', 'DM']
+    assert joint_table.table(frame, 'avmnist', 1).empty
+
+
+def test_nothing_measured_is_none(tmp_path): assert joint_table.read_rows(tmp_path / 'none.csv') is None
+
+
+def test_every_row_names_a_method_and_its_options():
+    from argparse import Namespace
+
+    from avdd_nb.methods.base import make_method
+    args = Namespace(width=8, pool_size=2, real_batch=4)
+    for label in joint_table.LABELS:
+        name, options = joint_table.options_of(label, args)
+        make_method(name, **options)
+    for trial in joint_table.TRIALS: make_method('davdd-style', **trial)
