@@ -59,7 +59,7 @@ def paper_rows(paper, table=None, **where):
 PROTOCOLS = {'AVDD': dict(steps=5000, width=128, epochs=30, runs=3),
              'ImageBindDC': dict(epochs=30, runs=3),
              'MDM': dict(steps=3000, epochs=100, runs=5)}
-WORDS = dict(steps='{} steps', width='networks {} wide', epochs='{} epochs', runs='{} runs')
+WORDS = dict(steps='{} steps', width='networks {} wide', epochs='{} epochs', runs='distillations: {}')
 
 def differs(row, theirs):
     "What differs between our row and the paper's, in words: data set, steps, width, epochs, number of repeats."

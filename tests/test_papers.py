@@ -49,7 +49,7 @@ def test_only_what_differs_is_said():
     assert differs(dict(dataset='ave', steps=5000, width=128, epochs=30, runs=3), theirs) == ''
     assert differs(dict(dataset='x', steps=7), theirs) == 'x instead of AVE; 7 steps instead of 5000'
     assert differs(dict(steps=float('nan')), theirs) == ''
-    assert differs(dict(steps=7, runs=1), theirs | dict(ipc='full')) == '1 runs instead of 3'
+    assert differs(dict(steps=7, runs=1), theirs | dict(ipc='full')) == 'distillations: 1 instead of 3'
 
 
 def test_names():

@@ -7,7 +7,7 @@ __all__ = ['RECALLS', 'FINDING', 'SOUNDTEXT', 'NAMES', 'AV', 'PAIRS', 'SELECT', 
            'MDM', 'TABLES', 'SCALES', 'SHOWN', 'WORDED', 'Table', 'same', 'Scale', 'table_jobs', 'table_frame', 'Shown',
            'run_table']
 
-# %% ../../nbs/sweep/tables.ipynb #92238152
+# %% ../../nbs/sweep/tables.ipynb #a280456f
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from ..core import UserError, choose, need, patch
@@ -21,7 +21,7 @@ from .report import budget_plot, time_plot
 from .results import gather, summary
 from ..views.page import esc
 
-# %% ../../nbs/sweep/tables.ipynb #ad58eca7
+# %% ../../nbs/sweep/tables.ipynb #1fcd6461
 RECALLS = dict(mean=('Mean_pct', 1.))
 RECALLS |= {f'{way}@{k}': (f'{way}@{k}_pct', 1.) for way in ('IR', 'TR') for k in (1, 5, 10)}
 FINDING = {f'{ours} {m}': (f"{theirs} {m}{'_pct' if '@' in m else ''}", 1.) for m in ('R@1', 'R@5', 'MedR')
@@ -60,7 +60,7 @@ class Table:
         "As the notebooks call it: 'AVDD 3'."
         return f'{self.paper} {self.number}'
 
-# %% ../../nbs/sweep/tables.ipynb #94e66120
+# %% ../../nbs/sweep/tables.ipynb #affa415d
 def same(*labels):
     "Rows for methods that the papers call (nearly) as we do: label → dict(method=…)."
     return {label: dict(method=NAMES.get(label, label.lower())) for label in labels}
@@ -75,7 +75,7 @@ def _mdm(**options): return dict(method='mdm', method_options=options)
 AV = dict(modality='AV', fusion='ensemble')
 PAIRS = dict(width=16, epochs=5)
 
-# %% ../../nbs/sweep/tables.ipynb #f589b597
+# %% ../../nbs/sweep/tables.ipynb #08c2c88a
 SELECT = ('Random', 'Herding')
 AVDD = [
     Table('AVDD', '1', 'One modality or two', same(*SELECT, 'MTT', 'DM'), columns=('modality', 'fusion')),
@@ -100,7 +100,7 @@ AVDD = [
           vary=dict(protocol_options=dict(arch=['ConvNet', 'LeNet', 'AlexNet', 'ResNet18', 'VGG11'])),
           columns=('arch',), where=AV)]
 
-# %% ../../nbs/sweep/tables.ipynb #cbfcd8fe
+# %% ../../nbs/sweep/tables.ipynb #4b961053
 AVDD += [
     Table('AVDD', '6', 'Finding a sound by its picture', same('Random', 'DM', 'AVDD'), budgets=(20,),
           vary=dict(judge='retrieval'), branch=(), metrics=FINDING),
@@ -121,7 +121,7 @@ AVDD += [
     Table('AVDD', '13', 'Ten seconds instead of one', same(*SELECT, 'DM', 'AVDD'), budgets=(1, 20), where=AV,
           dataset='VGGS-10K (10 s)', data=dict(seconds=10.))]
 
-# %% ../../nbs/sweep/tables.ipynb #9097738b
+# %% ../../nbs/sweep/tables.ipynb #668802dd
 CORESETS = (*SELECT, 'Forgetting', 'GraNd')
 MATCHING = ('DC', 'DSA', 'MTT', 'DM', 'AVDD')
 BIND = [
@@ -150,7 +150,7 @@ BIND = [
         'ImageBindDC: uni-modal only': _bind(lam_cross=0., lam_joint=0.),
         'ImageBindDC: uni + cross + joint': _bind()}, budgets=(10,), where=dict(modality='AV'), dataset='AVE')]
 
-# %% ../../nbs/sweep/tables.ipynb #206b275e
+# %% ../../nbs/sweep/tables.ipynb #f71f094d
 TEXT = dict(budgets=(100,), branch=(), dataset='Flickr8k', builtin='soundshapes-text', small=PAIRS)
 MDM = [
     Table('MDM', '1', 'Images and captions', same('Random', 'Herding', 'K-Center', 'Forgetting', 'MTT-VL', 'TESLA_WBCE',
@@ -171,10 +171,10 @@ MDM = [
         'InfoNCE': _mdm(lam_agr=0., lam_dis=0.), 'InfoNCE + agreement': _mdm(lam_dis=0.),
         'InfoNCE + discrepancy': _mdm(lam_agr=0.), 'InfoNCE + agreement + discrepancy': _mdm()}, **TEXT)]
 
-# %% ../../nbs/sweep/tables.ipynb #d6453231
+# %% ../../nbs/sweep/tables.ipynb #f670f932
 TABLES = {t.name: t for t in (*AVDD, *BIND, *MDM)}
 
-# %% ../../nbs/sweep/tables.ipynb #1ce03d33
+# %% ../../nbs/sweep/tables.ipynb #556ebbbb
 @dataclass
 class Scale:
     "Steps, evaluation seeds, budgets up to `most`, options of methods, protocols and of the built-in data."
@@ -188,10 +188,10 @@ class Scale:
 
 SCALES = dict(
     tiny=Scale(10, 1, 10, True, dict(width=16, pool_size=4, real_batch=32, experts=2, expert_epochs=4, n_freq=256),
-               dict(width=16, epochs=5, epochs_whole=2), dict(n_train=500, n_test=200)),
+               dict(width=16, epochs=5, epochs_whole=2), dict(n_train=1000, n_test=200)),
     paper=Scale(5000, 5, 10**6, False, {}, {}, {}))
 
-# %% ../../nbs/sweep/tables.ipynb #921a9d4a
+# %% ../../nbs/sweep/tables.ipynb #a695a3b7
 def _grid(table, label, scale, dataset, seeds, device, data_options):
     "The grid of one row."
     row, vary = table.rows[label], dict(table.vary)
@@ -206,7 +206,7 @@ def _grid(table, label, scale, dataset, seeds, device, data_options):
     return vary | fixed | dict(device=device, ipc=budgets, seed=list(range(seeds)), data_options=data,
                                method_options=options, protocol_options=protocol)
 
-# %% ../../nbs/sweep/tables.ipynb #3d0dcf90
+# %% ../../nbs/sweep/tables.ipynb #611c00fa
 def table_jobs(name, scale='tiny', dataset=None, seeds=1, device='cpu', data_options=None):
     "(jobs, label → reason why that row waits) of the table called `name`."
     table, scale = choose(name, TABLES, 'table'), choose(scale, SCALES, 'scale')
@@ -219,7 +219,7 @@ def table_jobs(name, scale='tiny', dataset=None, seeds=1, device='cpu', data_opt
     own = {j.name for j in jobs.values() if j.label in table.rows}
     return [j for j in jobs.values() if j.label in table.rows or j.name not in own], waiting
 
-# %% ../../nbs/sweep/tables.ipynb #4b669f14
+# %% ../../nbs/sweep/tables.ipynb #23cb4f7f
 def _costs(table, means):
     "Time and memory of the learners as figures of their own, one row per metric of the table."
     means = means[means.steps > 0].drop_duplicates(['method', 'ipc', 'options'])
@@ -246,7 +246,7 @@ def _ours(table, frame):
         means = means[(means.modality == modality) & joint]
     return _costs(table, means) if table.cost else means
 
-# %% ../../nbs/sweep/tables.ipynb #a5181f17
+# %% ../../nbs/sweep/tables.ipynb #57d580bd
 SHOWN = ('method', 'ipc', 'arch', 'modality', 'fusion', 'metric', 'mean', 'std', 'n', 'seconds', 'memory_mb', 'paper',
          'paper_std', 'difference', 'differs', 'note')
 
@@ -258,7 +258,7 @@ def table_frame(table, frame, paper_dataset=None):
     found = beside(ours.drop(columns=unused), paper_rows(table.paper, table.number, **where))
     return found[[c for c in SHOWN if c in found and found[c].notna().any()]]
 
-# %% ../../nbs/sweep/tables.ipynb #bcb32279
+# %% ../../nbs/sweep/tables.ipynb #ba1b6a27
 WORDED = ('method', 'ipc', 'arch', 'modality', 'fusion', 'metric', 'ours', 'n', 'seconds', 'memory_mb', 'paper',
           'difference', 'note')
 
@@ -266,7 +266,7 @@ def _plus_minus(mean, std):
     known = lambda x: x is not None and x == x
     return '' if not known(mean) else f'{mean:.2f} ± {std:.2f}' if known(std) else f'{mean:.2f}'
 
-# %% ../../nbs/sweep/tables.ipynb #6de83d71
+# %% ../../nbs/sweep/tables.ipynb #4d24374a
 @dataclass
 class Shown:
     "A table as notebooks show it. `frame`: the numbers; `means`: rows of `summary`; `waiting`: label → reason."
@@ -300,7 +300,7 @@ class Shown:
         return {'text/plain': f'{self.words().to_string(index=False)}\n{text}',
                 'text/html': table_html(self.words()) + lines}
 
-# %% ../../nbs/sweep/tables.ipynb #10c1d77d
+# %% ../../nbs/sweep/tables.ipynb #802695b6
 @patch
 def over_budget(self: Shown):
     "Accuracy over the budget (None with one budget, or nothing measured)."
@@ -317,7 +317,7 @@ def save(self: Shown, path):
     "Writes the numbers as csv; gives back the path (None while the table waits)."
     return None if self.frame is None else atomic_write(path, self.frame.to_csv(index=False))
 
-# %% ../../nbs/sweep/tables.ipynb #dbb5d6de
+# %% ../../nbs/sweep/tables.ipynb #8e7a1149
 def run_table(name, scale='tiny', dataset=None, seeds=1, device='cpu', out=None, data_root=None,
               data_options=None, paper_dataset=None, workers=None):
     """Runs what is not done yet of the table called `name` and shows it beside the paper.
