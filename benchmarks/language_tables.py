@@ -25,7 +25,7 @@ METHODS = {'Random': ('random', 0), 'Herding': ('herding', 0), 'K-center': ('kce
            'TESLA_WBCE': ('tesla-wbce', 40), 'LoRS': ('lors', 40), 'MDM': ('mdm', 150)}
 EXPERTS = dict(experts=3, expert_epochs=6, expert_lr=.5)
 WALKS = dict(EXPERTS, lr=10., lr_text=10.)
-SWIFT = dict(EXPERTS, lr=100., lr_text=100.)     # LoRS diverges at this step size here
+SWIFT = dict(EXPERTS, lr=100., lr_text=100.)
 OPTIONS = {'mdm': dict(EXPERTS, lr=20.), 'lors': dict(WALKS, lr_similarity=1.), 'tesla-wbce': WALKS, 'mtt-vl': SWIFT}
 ABLATIONS = {
     'data init': {i: dict(init=i) for i in ('noise', 'random', 'image-kmeans', 'text-kmeans', 'joint-kmeans')},
