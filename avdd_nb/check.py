@@ -70,7 +70,8 @@ def make_case(name, folder, **changes):
     mine = {f.name for f in fields(cls)}
     tiny = dict(cls.tiny) | changes
     options = {k: v for k, v in SMALL.items() if k in mine} | tiny.pop('options', {})
-    return Case(name, options, DATA | tiny.pop('data', {}), Path(folder), **tiny)
+    data = DATA if tiny.get('dataset', 'soundshapes') == 'soundshapes' else {}
+    return Case(name, options, data | tiny.pop('data', {}), Path(folder), **tiny)
 
 # %% ../nbs/check.ipynb #6aac2819
 def explains_its_fields(case):

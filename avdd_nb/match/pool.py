@@ -129,7 +129,7 @@ class FeaturePool(FreshDraws):
             draw = self._draw(k)
             make = lambda: (real_means(draw, self.data, self._indices(k)), asdict(draw.omega))
             real, _ = cached('pool', self._key(k), make) if self.keep else make()
-            draw.real = {m: x.to(self.data.device) for m, x in real.items()}
+            draw.real = {m: real[m].to(self.data.device) for m in sorted(real)}     # as a file would give them
             self._entries[k] = draw
         return self._entries[k]
 

@@ -54,6 +54,7 @@ class Trajectory(PairLearner, name='pair-trajectory'):
     mixup: bool = hp(False, help="RepBlend: mix pictures' features and texts of two pairs, λ ~ Beta(1, 1)")
     tau: float = hp(TAU, 1e-3, 10, "temperature")
     path = staticmethod(tesla)
+    tiny = PairLearner.tiny | dict(options=dict(experts=2, expert_epochs=3, lr=.1, lr_text=.1, lr_rate=1e-4, rate=.02))
 
     def source(self, data, seed):
         "Stretches of the experts' ways."
@@ -142,6 +143,7 @@ class LoRS(Trajectory, name='lors'):
     rank: int = hp(10, 1, 1000, "r: columns of A and B")
     alpha: float = hp(1., 0, 100, "α: weight of the low-rank part")
     lr_similarity: float = hp(10., 0, 1e6, "SGD step size on ω, A and B")
+    tiny = Trajectory.tiny | dict(options=Trajectory.tiny['options'] | dict(rank=2, lr_similarity=.01))
 
     def begin(self, data, ipc, seed):
         "`ipc` − 1 pairs and the similarity, which is the identity."

@@ -121,6 +121,7 @@ class PairLearner(Learner, name='pair-learner'):
     head: str = hp('residual', choices=['residual', 'linear'], help="head on what comes as a vector")
     pretrained: bool = hp(False, help="timm networks start from ImageNet weights")
     seed_experts: int = hp(0, 0, 10**6, "seed of the experts; runs that agree in it share them")
+    tiny = dict(dataset='soundshapes-text', data=dict(n_train=60), ipc=6, options=dict(experts=2, expert_epochs=3))
 
     def make_experts(self, data):
         "The `PairExperts`, trained where they are not on disk yet, with a progress bar on a terminal."
