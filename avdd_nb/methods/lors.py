@@ -158,6 +158,7 @@ class LoRS(Trajectory, name='lors'):
         factors = {k: syn.extras[f'similarity.{k}'] for k in ('omega', 'left', 'right')}
         return low_rank(**factors, alpha=self.alpha, rows=rows)
 
+# %% ../../nbs/methods/lors.ipynb #6e68073e
 METHODS.pop(Trajectory.name)       # a base, not a method that can be run
 
 # %% ../../nbs/methods/lors.ipynb #bacd052a
