@@ -12,7 +12,7 @@ NB      ?=
 BIN       := $(VENV)/bin
 PIP       := $(BIN)/python -m pip --disable-pip-version-check
 CHANGED   := settings.ini constraints.txt setup.py
-TEST_DEPS := dev,video,demo,encoders,ray,slurm,hub
+TEST_DEPS := dev,video,demo,encoders,language,ray,slurm,hub
 
 # Threads of several processes on the same cores slow each other down, up to 90-fold (BLAS and OpenMP spin).
 test pictures: export OMP_NUM_THREADS = 1
