@@ -82,3 +82,14 @@ def test_a_set_that_does_not_fit_is_one_sentence():
                    dict(classes=['a', 'b', 'c'])):
         with pytest.raises(UserError) as e: check_fits(SyntheticSet(**(vars(fits) | change)))
         assert '\n' not in str(e.value)
+
+
+def test_a_notebook_does_not_replace_a_method_of_the_package():
+    "Running a chapter defines its class once more, in `__main__`; child processes know the package's only."
+    from avdd_nb.methods.base import METHODS, Matching, methods
+    known = methods()['avdd']
+    again = type('AVDD', (Matching,), dict(__module__='__main__'))
+    assert again.name == 'avdd' and METHODS['avdd'] is known
+    for _ in range(2):
+        mine = type('OnlyHere', (Matching,), dict(__module__='__main__'))
+        assert METHODS.pop('onlyhere') is mine

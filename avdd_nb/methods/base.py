@@ -19,7 +19,10 @@ from ..synset import from_real
 # %% ../../nbs/methods/base.ipynb #71c2fab1
 @dataclass
 class Method:
-    "Base of all methods. A subclass registers itself under its lower-case name, or under `name` in its class line."
+    """Base of all methods. A subclass registers itself under its lower-case name, or under `name` in its class line.
+
+    A class of a notebook does not take the place of one that every process finds: a chapter may be run as it stands.
+    """
     init: str = hp('random', choices=list(coreset.SELECTORS), help="which real pairs to start from")
     factor: int = hp(1, 1, 8, "l: every stored sample is a mosaic of l × l smaller ones")
     features: str = hp('trained', choices=list(FEATURES), help="network whose features herding and k-center see")
@@ -36,7 +39,8 @@ class Method:
     def __init_subclass__(cls, name=None, **kw):
         super().__init_subclass__(**kw)
         cls.name = name or cls.__name__.lower()
-        METHODS[cls.name] = cls
+        here, known = cls.__module__ == '__main__', METHODS.get(cls.name)
+        if not here or known is None or known.__module__ == '__main__': METHODS[cls.name] = cls
 
 METHODS = {}
 
