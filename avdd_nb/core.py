@@ -57,9 +57,10 @@ def seeded(*parts):
         yield
 
 # %% ../nbs/core.ipynb #98953aea
-def hp(default, low=None, high=None, help='', choices=None, unit=''):
-    "A dataclass field with its range (`low`…`high`) or `choices`, its help text and its unit."
-    return dataclasses.field(default=default, metadata=dict(low=low, high=high, help=help, choices=choices, unit=unit))
+def hp(default, low=None, high=None, help='', choices=None, unit='', check=None):
+    "A dataclass field with its range (`low`…`high`) or `choices` or a function that refuses values, its help and its unit."
+    return dataclasses.field(default=default, metadata=dict(low=low, high=high, help=help, choices=choices, unit=unit,
+                                                            check=check))
 
 # %% ../nbs/core.ipynb #b79084d3
 def check_value(field, value, where):
@@ -77,6 +78,7 @@ def check_value(field, value, where):
     except (KeyError, ValueError, TypeError, OverflowError) as e:
         raise UserError(f"{where}.{field.name} is {value!r}, but needs a value of type {kind.__name__}.") from e
     if meta.get('choices'): choose(value, meta['choices'], f"value of {where}.{field.name}")
+    if meta.get('check'): meta['check'](value)
     low, high = meta.get('low'), meta.get('high')
     if (low is not None and not value >= low) or (high is not None and not value <= high):
         raise UserError(f"{where}.{field.name} is {value}, outside its range {low} to {high}.")

@@ -98,7 +98,7 @@ class Matching(Learner, name='matching'):
     pool_size: int = hp(20, 1, 5001, "K: (network, ω) pairs in the pool")
     real_batch: int = hp(128, 0, 100_000, "real pairs per class and draw; 0 takes all")
     width: int = hp(128, 4, 1024, "channels of the random networks")
-    strategy: str = hp(augment.DSA, help="augmentations to draw from, joined by _")
+    strategy: str = hp(augment.DSA, help="augmentations to draw from, joined by _", check=augment.parse)
     per_class_steps: bool = hp(
         False, help="reference mode: one optimiser step after each class, momentum shared by all")
 

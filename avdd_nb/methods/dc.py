@@ -27,7 +27,7 @@ class DC(Learner):
     lr_net: float = hp(0.01, 0, 10, "SGD step size of that training")
     real_batch: int = hp(256, 1, 100_000, "real pairs per class and step (all of a class that has fewer)")
     width: int = hp(128, 4, 1024, "channels of the networks")
-    strategy: str = hp('', help="augmentations to draw from, joined by _; '' for none")
+    strategy: str = hp('', help="augmentations to draw from, joined by _; '' for none", check=augment.parse)
     pool_size: int = hp(0, 0, 5001, "K: first networks to go around, their real gradients kept; 0: always a new one")
     presets = {'quick': dict(steps=40, width=24, real_batch=64, lr=5., pool_size=10), 'paper': dict(steps=1000, ipc=1),
                'paper-10': dict(steps=10_000, ipc=10, outer=10, inner=50),
@@ -44,7 +44,7 @@ class DC(Learner):
 class DSA(DC):
     "DC with the same augmentation on both sides, from real pairs. Source: Zhao & Bilen 2021."
     init: str = hp('random', choices=['noise', *coreset.SELECTORS], help="noise, or which real pairs, to start from")
-    strategy: str = hp(augment.DSA, help="augmentations to draw from, joined by _; '' for none")
+    strategy: str = hp(augment.DSA, help="augmentations to draw from, joined by _; '' for none", check=augment.parse)
 
 # %% ../../nbs/methods/dc.ipynb #83f8e9d1
 @patch

@@ -35,7 +35,8 @@ class MTT(Learner):
     lr_expert: float = hp(0.01, 0, 10, "SGD step size of the experts")
     batch_expert: int = hp(256, 1, 100_000, "real samples in one of the experts' steps")
     width: int = hp(128, 4, 1024, "channels of the networks")
-    strategy: str = hp(augment.DSA, help="augmentations of experts and students, joined by _; '' for none")
+    strategy: str = hp(augment.DSA,
+                       help="augmentations of experts and students, joined by _; '' for none", check=augment.parse)
     lighter = "inner, batch or width; or take the method tesla, whose memory does not grow with inner"
     tiny = dict(options=dict(experts=2, inner=2, batch=5, differ='', step_size=.01, lr=100., lr_expert=.05, max_start=1,
                              ahead=1, batch_expert=30, strategy=''))

@@ -111,7 +111,8 @@ class JointRecipe:
     batch: int = hp(128, 2, 65_536, "pairs contrasted at once")
     lr: float = hp(2e-3, 0, 1, "Adam step size; falls along a cosine")
     temperature: float = hp(.1, .001, 10, "τ of InfoNCE")
-    strategy: str = hp(augment.DSA, help="augmentations, one operation a batch, parameters per sample; '' for none")
+    strategy: str = hp(augment.DSA,
+                       help="augmentations, one operation a batch, parameters per sample; '' for none", check=augment.parse)
     seed: int = hp(0, help="of weights and batches")
 
 def contrast(embedded, temperature=.1):

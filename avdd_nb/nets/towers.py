@@ -106,7 +106,8 @@ class PairRecipe(TowerSpec):
     weight_decay: float = hp(5e-4, 0, 1, "L2")
     drop: float = hp(.5, 0, 1, "share of the epochs after which the step size falls to a tenth (1: never)")
     tau: float = hp(TAU, 1e-3, 10, "temperature")
-    strategy: str = hp('color_crop', help="augmentations of pictures, one operation a batch; '' for none")
+    strategy: str = hp('color_crop',
+                       help="augmentations of pictures, one operation a batch; '' for none", check=augment.parse)
 
 # %% ../../nbs/nets/towers.ipynb #11284ba6
 def fit_pairs(model, pair_batch, n, recipe, seed, loss_of=None, rates=None, after_epoch=None):
