@@ -26,7 +26,8 @@ class Recipe:
     weight_decay: float = hp(1e-4, 0, 1, "L2, as Adam adds it")
     schedule: str = hp('steps', choices=['steps', 'cosine', 'constant'], help="how the step size falls")
     strategy: str = hp(augment.DSA,
-                       help="augmentations, one operation a batch, parameters per sample; '' for none", check=augment.parse)
+                       help="augmentations, one operation a batch, parameters per sample; '' for none",
+                       check=augment.parse)
     arch: str = hp('ConvNet', help="network: ConvNet, LeNet, AlexNet, VGG11, ResNet18, or one more in ARCHS")
     width: int = hp(128, 1, 4096, "channels of the ConvNet; other networks scale with it (128: as printed)")
     head: str = hp('ensemble', choices=list(HEADS), help="how modalities become one prediction")

@@ -112,7 +112,8 @@ class JointRecipe:
     lr: float = hp(2e-3, 0, 1, "Adam step size; falls along a cosine")
     temperature: float = hp(.1, .001, 10, "τ of InfoNCE")
     strategy: str = hp(augment.DSA,
-                       help="augmentations, one operation a batch, parameters per sample; '' for none", check=augment.parse)
+                       help="augmentations, one operation a batch, parameters per sample; '' for none",
+                       check=augment.parse)
     seed: int = hp(0, help="of weights and batches")
 
 def contrast(embedded, temperature=.1):
