@@ -58,7 +58,7 @@ def seeded(*parts):
 
 # %% ../nbs/core.ipynb #98953aea
 def hp(default, low=None, high=None, help='', choices=None, unit='', check=None):
-    "A dataclass field with its range (`low`…`high`), `choices` or a `check` that refuses values, its help and its unit."
+    "A dataclass field with its range (`low`…`high`), `choices` or a `check` that refuses values, its help and unit."
     return dataclasses.field(default=default, metadata=dict(low=low, high=high, help=help, choices=choices, unit=unit,
                                                             check=check))
 
