@@ -239,6 +239,7 @@ def _ours(table, frame):
     "`summary` with the paper's words for fusion, cut to the branch that the table shows."
     means = summary(frame).rename(columns=dict(label='method'))
     means = _as_printed(table, means)
+    if 'fusion' not in means: means['fusion'] = ''      # judges of two modalities at once fuse none
     if 'head' in means: means['fusion'] = means['head'].where(means.fusion == 'joint', means.fusion)
     if table.branch and 'modality' not in table.columns:
         modality, fusion = table.branch
