@@ -31,20 +31,22 @@ def cores():
     "How many CPU cores this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
-def make_slots(workers=None, gpus=None, job_gb=None, n_cores=None):
+def make_slots(workers=None, gpus=None, job_gb=None, n_cores=None, threads=None):
     """The environment of each worker: OMP_NUM_THREADS, and CUDA_VISIBLE_DEVICES where `gpus` (number → GB) are given.
 
     One job a GPU, or as many as fit with `job_gb` each; `workers` limits their number. Without GPUs: one job a core.
+    threads: at most so many each (default: what OMP_NUM_THREADS says already).
     """
-    n_cores = n_cores or cores()
+    n_cores, threads = n_cores or cores(), threads or os.environ.get('OMP_NUM_THREADS', '')
+    env = lambda seats: dict(OMP_NUM_THREADS=str(_fair(n_cores//seats, threads)))
     if gpus:
         fit = {g: max(1, int(gb/job_gb)) if job_gb else 1 for g, gb in gpus.items()}
         seats = [g for turn in range(max(fit.values())) for g in fit if turn < fit[g]][:workers]
-        return [_env(n_cores, len(seats)) | dict(CUDA_VISIBLE_DEVICES=g) for g in seats]
+        return [env(len(seats)) | dict(CUDA_VISIBLE_DEVICES=g) for g in seats]
     workers = workers or n_cores
-    return [_env(n_cores, workers)]*workers
+    return [env(workers)]*workers
 
-def _env(n_cores, workers): return dict(OMP_NUM_THREADS=str(max(1, n_cores//workers)))
+def _fair(share, most): return max(1, min(share, int(most)) if str(most).isdigit() else share)
 
 # %% ../../nbs/sweep/local.ipynb #4a4cbbdd
 class KernelSeat:
