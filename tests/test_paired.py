@@ -243,3 +243,14 @@ def test_the_gpu_holds_the_stored_bytes():
     torch.testing.assert_close(d.batch([1, 2])['image'].cpu(), made().batch([1, 2])['image'])
     assert torch.equal(d.per_class(2, gen()).cpu(), made().per_class(2, gen()))
     assert d.subset(torch.arange(16)).device.type == 'cuda'
+
+
+def test_the_hash_does_not_depend_on_threads():
+    x, threads, found = torch.rand(160, 1, 64, 32, generator=torch.Generator().manual_seed(0))*80 - 80, [1, 2, 3], []
+    before = torch.get_num_threads()
+    for n in threads:
+        torch.set_num_threads(n)
+        found.append(Modality('audio', 'spectrogram', (1, 64, 32)).fit(x))
+        assert torch.get_num_threads() == n
+    torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]

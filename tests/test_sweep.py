@@ -252,7 +252,7 @@ def test_killed_and_resumed(tmp_path):
     sweep(make_jobs(FOUR, baselines=False), whole, workers=2, bare=True)
     parent = start(FOUR, killed, '--workers', '2', '--no-baselines')
     wait_until(lambda: n_done(killed) >= 1)
-    os.kill(wait_until(lambda: busy_kernel(killed)), signal.SIGKILL)                             # a kernel dies: the parent goes on
+    os.kill(wait_until(lambda: busy_kernel(killed)), signal.SIGKILL)        # a kernel dies: the parent goes on
     wait_until(lambda: list(killed.glob('jobs/*/failed.json')))
     before = n_done(killed)
     wait_until(lambda: n_done(killed) >= before + 2)
