@@ -2,18 +2,23 @@
 
     python benchmarks/joint_table.py --data-root DATA        # resumable: stop it and start it again
     python benchmarks/joint_table.py --print                 # only the tables, from the results file
-    python benchmarks/joint_table.py --tune                  # DAVDD-style on a validation split of the training data
+    python benchmarks/joint_table.py --tune                  # step sizes, on a validation split of the training data
+    python benchmarks/joint_table.py --ablate                # parts taken away, on the same split
 
-Every cell (data set, method, budget, seed) is a run folder and one file of rows; a cell that is done is never done
-twice. After each cell benchmarks/results/joint.csv is written anew, whole or not at all.
+Tune first: the table takes each method's best step size from benchmarks/results/joint_tuning.csv. Every method gets the
+same number of trials, and none sees the test data. Every cell (data set, method, budget, seed) is a run folder and one
+file of rows; a cell that is done is never done twice. After each cell benchmarks/results/joint.csv is written anew,
+whole or not at all.
 """
 import argparse
 import sys
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).parent
 RESULTS = HERE / 'results' / 'joint.csv'
+TUNING = HERE / 'results' / 'joint_tuning.csv'
 DATA = {'soundshapes': dict(n_train=800, n_test=400), 'avmnist': dict(n_train=800, n_test=400)}
 TILED = dict(init='herding', factor=2)
 LABELS = {   # row of the table → (method, its options)
@@ -22,23 +27,56 @@ LABELS = {   # row of the table → (method, its options)
     'Herding + tiles, undistilled': ('tiled', {}),
     'DM': ('dm+h+f', {}),
     'AVDD (10, 10)': ('avdd', {}),
-    'DM, lr × 21': ('dm+h+f', dict(lr=4.2)),
+    'DM, lr × 21': ('dm+h+f', {}),
     'ImageBindDC, ConvNet': ('imagebinddc', dict(TILED, encoder='convnet', n_freq=512)),
     'ImageBindDC, joint encoder': ('imagebinddc', dict(TILED, encoder='joint', n_freq=512)),
     'DAVDD-style': ('davdd-style', dict(bank_epochs=4)),
 }
 SELECTION = {'random', 'herding', 'tiled'}
-TRIALS = [dict(lr=lr) for lr in (1., 5., 20.)] + [dict(lam_cim=0.), dict(lam_sample=0.), dict(lam_dis=0.),
-                                                  dict(lam_dis=0., lam_sample=0., lam_cim=0.), dict(decouple=False),
-                                                  dict(trained_bank=False), dict(mix_private=True)]
+RATES = {    # at one pair per class, times IPC; chosen so that a step moves pixels alike (see `rates`)
+    'DM': (1., 5., 25.),
+    'AVDD (10, 10)': (.05, .2, 1.),
+    'ImageBindDC, ConvNet': (.2, 1., 5.),
+    'ImageBindDC, joint encoder': (.1, .5, 2.5),
+    'DAVDD-style': (1., 5., 25.),
+}
+ABLATIONS = {
+    'DAVDD-style': [dict(lam_cim=0.), dict(lam_sample=0.), dict(lam_dis=0.),
+                    dict(lam_dis=0., lam_sample=0., lam_cim=0.), dict(ema=1.), dict(decouple=False),
+                    dict(trained_bank=False), dict(mix_private=True)],
+}
 
 
-def options_of(label, args):
-    "(method, options) of one row of the table at this size."
+def rates(label, ipc):
+    "Step sizes tried at this budget: a mean over n times as many pairs gives each 1/n of the gradient."
+    return [round(lr*ipc, 6) for lr in RATES[label]]
+
+
+def tuned(label, dataset, ipc, path=None):
+    "The step size with the best mean validation accuracy (AV), as an option; the method's own where none was tried."
+    if label == 'DM, lr × 21':
+        found = tuned('AVDD (10, 10)', dataset, ipc, path)
+        return {k: round(21*v, 6) for k, v in found.items()}
+    rows = read_rows(path or TUNING)
+    if rows is None or label not in RATES: return {}
+    mine = rows[(rows.label == label) & (rows.dataset == dataset) & (rows.ipc == ipc) & (rows.fusion == 'mean')]
+    tried = mine[mine.trial.isin([name_of(dict(lr=lr)) for lr in rates(label, ipc)])]
+    if tried.empty: return {}
+    return dict(lr=float(tried.groupby('trial').accuracy.mean().idxmax().removeprefix('lr=')))
+
+
+def name_of(trial):
+    "What a trial is called in the results."
+    return ' '.join(f'{k}={v}' for k, v in trial.items())
+
+
+def options_of(label, args, dataset=None, ipc=1):
+    "(method, options) of one row of the table at this size, with its tuned step size."
     method, options = LABELS[label]
     if method in SELECTION: return method, options
     size = dict(width=args.width, pool_size=args.pool_size)
-    return method, size | ({} if method == 'davdd-style' else dict(real_batch=args.real_batch)) | options
+    size |= {} if method == 'davdd-style' else dict(real_batch=args.real_batch)
+    return method, size | options | tuned(label, dataset, ipc)
 
 
 def accuracy_rows(syn, test, args, seed):
@@ -63,18 +101,21 @@ def cell(dataset, label, ipc, seed, splits, args):
     from avdd_nb.store import read_json, write_json
     torch.set_num_threads(1)
     out = folder(dataset, label, ipc, seed, args)
-    method, options = options_of(label, args)
+    method, options = options_of(label, args, dataset, ipc)
     before = psutil.Process().memory_info().rss / 2**20
+    began = time.process_time()
     list(run(make_config(dataset, method, ipc, args.steps, seed, DATA[dataset], options), out, splits=splits))
+    began = time.process_time() - began
     done = read_json(out / 'done.json')
     syn = load_run(out)[1]
     rows = [dict(measure='cost', what='distilling', metric='seconds', seed=0, value=done['seconds']),
+            dict(measure='cost', what='distilling', metric='CPU seconds', seed=0, value=began),
             dict(measure='cost', what='distilling', metric='MB above start', seed=0,
                  value=max(0., done['memory_mb'] - before))]
     rows += accuracy_rows(syn, splits.test, args, seed)
     if seed < args.pairing_seeds: rows += pairing(syn, splits.test, updates=args.pairing_updates)
     same = dict(dataset=dataset, label=label, ipc=ipc, distill_seed=seed, steps=args.steps, width=args.width,
-                n_train=len(splits.train), updates=args.updates)
+                lr=options.get('lr', ''), n_train=len(splits.train), updates=args.updates)
     write_json(out / 'rows.json', [same | row for row in rows])
 
 
@@ -84,20 +125,27 @@ def folder(dataset, label, ipc, seed, args):
     return Path(args.out) / f'{dataset}-{name}-ipc{ipc}-seed{seed}'
 
 
-def tune(args, fork):
-    "Rows of DAVDD-style with one thing changed at a time, scored on a fifth of the training data; resumable."
+def tune(args, fork, trials):
+    "Every trial of `trials(label, dataset, ipc)` that is not done yet, scored on a fifth of the training data."
+    for ipc in args.ipc:
+        for dataset in args.datasets:
+            rest, val = load_data(dataset, args).train.split(.2, seed=1)
+            for label in args.labels:
+                for trial in trials(label, dataset, ipc): one_trial(fork, dataset, label, ipc, trial, rest, val, args)
+
+
+def one_trial(fork, dataset, label, ipc, trial, rest, val, args):
+    "One trial in a process of its own, unless it is done; then all trials' rows to the results file."
     from avdd_nb.store import read_json
-    for dataset in args.datasets:
-        rest, val = load_data(dataset, args).train.split(.2, seed=1)
-        for i, trial in enumerate(TRIALS):
-            path = Path(args.out) / f'tune-{dataset}-{i}.json'
-            if not path.exists(): in_child(fork, trial_rows, dataset, trial, rest, val, path, args)
-    found = [r for path in sorted(Path(args.out).glob('tune-*.json')) for r in read_json(path)]
-    write_csv(found, args.results.with_name('joint_tuning.csv'))
+    name = ''.join(c if c.isalnum() or c == '.' else '_' for c in f'{label}-{name_of(trial)}')
+    path = Path(args.out) / f'trial-{dataset}-ipc{ipc}-{name}.json'
+    if not path.exists(): in_child(fork, trial_rows, dataset, label, ipc, trial, rest, val, path, args)
+    write_csv([r for p in sorted(Path(args.out).glob('trial-*.json')) for r in read_json(p)], TUNING)
+    print(dataset, label, ipc, name_of(trial), flush=True)
 
 
-def trial_rows(dataset, trial, rest, val, path, args):
-    "Distils and scores one trial; two seeds, one pair per class."
+def trial_rows(dataset, label, ipc, trial, rest, val, path, args):
+    "Distils and scores one trial with each of its seeds."
     import torch
 
     from avdd_nb.distill import distill
@@ -105,13 +153,13 @@ def trial_rows(dataset, trial, rest, val, path, args):
     from avdd_nb.methods.base import make_method
     from avdd_nb.store import write_json
     torch.set_num_threads(1)
-    method, options = options_of('DAVDD-style', args)
+    method, options = options_of(label, args, dataset, ipc)
     made, rows = make_method(method, **(options | trial)), []
-    for seed in range(2):
-        syn = made.begin(rest, 1, seed)
+    for seed in range(args.trial_seeds):
+        syn = made.begin(rest, ipc, seed)
         list(distill(made, syn, made.source(rest, seed), args.steps))
         protocol = make_protocol('thorough', updates=args.updates, width=args.width)
-        rows += [dict(dataset=dataset, trial=' '.join(f'{k}={v}' for k, v in trial.items()), ipc=1, seed=seed,
+        rows += [dict(dataset=dataset, label=label, trial=name_of(trial), lr=made.lr, ipc=ipc, seed=seed,
                       modality=r['modality'], fusion=r['fusion'], accuracy=r['accuracy'])
                  for r in evaluate(syn, val, protocol, [seed], workers=1)]
     write_json(path, rows)
@@ -173,7 +221,7 @@ def line(part, fusion='mean'):
                 covariance=_mean(part, measure='covariance', metric='all')[0],
                 together=kept, within=kept - _mean(part, measure='shuffle', what='within')[0],
                 across=kept - _mean(part, measure='shuffle', what='across')[0],
-                seconds=_mean(part, measure='cost', metric='seconds')[0],
+                seconds=part[(part.measure == 'cost') & (part.metric == 'CPU seconds')].value.median(),
                 MB=_mean(part, measure='cost', metric='MB above start')[0])
 
 
@@ -216,10 +264,14 @@ def main():
     p.add_argument('--pairing-updates', type=int, default=60)
     p.add_argument('--print', action='store_true', dest='only_print')
     p.add_argument('--tune', action='store_true')
+    p.add_argument('--ablate', action='store_true')
+    p.add_argument('--labels', nargs='+', default=list(RATES), help='whose trials')
+    p.add_argument('--trial-seeds', type=int, default=2)
     args = p.parse_args()
     if args.only_print: return show(args.results)
     fork = get_context('fork')
-    if args.tune: return tune(args, fork)
+    if args.tune: return tune(args, fork, lambda label, _, ipc: [dict(lr=lr) for lr in rates(label, ipc)])
+    if args.ablate: return tune(args, fork, lambda label, *_: ABLATIONS.get(label, []))
     splits = {d: load_data(d, args) for d in args.datasets}
     todo = [(d, label, ipc, seed) for ipc in args.ipc for seed in range(args.seeds) for d in args.datasets
             for label in LABELS]

@@ -15,7 +15,7 @@ def rows(seed, av, label='DM', **more):
               ('accuracy', 'audio', 'ConvNet'): 50., ('accuracy', 'image', 'ConvNet'): 30.,
               ('retrieval', 'audio ↔ image', 'class@1'): 20., ('covariance', 'audio ↔ image', 'all'): .5,
               ('shuffle', 'kept', 'accuracy'): 60., ('shuffle', 'within', 'accuracy'): 58.,
-              ('shuffle', 'across', 'accuracy'): 40., ('cost', 'distilling', 'seconds'): 2.,
+              ('shuffle', 'across', 'accuracy'): 40., ('cost', 'distilling', 'CPU seconds'): 2.,
               ('cost', 'distilling', 'MB above start'): 100.}
     return [same | dict(measure=a, what=b, metric=c, value=v) for (a, b, c), v in values.items()]
 
@@ -43,4 +43,16 @@ def test_every_row_names_a_method_and_its_options():
     for label in joint_table.LABELS:
         name, options = joint_table.options_of(label, args)
         make_method(name, **options)
-    for trial in joint_table.TRIALS: make_method('davdd-style', **trial)
+    for label, trials in joint_table.ABLATIONS.items():
+        for trial in trials: make_method(joint_table.LABELS[label][0], **trial)
+    assert set(joint_table.RATES) <= set(joint_table.LABELS)
+
+
+def test_the_best_step_size_on_validation_is_taken(tmp_path):
+    row = dict(dataset='soundshapes', label='AVDD (10, 10)', ipc=10, fusion='mean', modality='AV')
+    tried = [row | dict(trial=t, accuracy=a) for t, a in
+             (('lr=0.5', 50.), ('lr=2.0', 60.), ('lr=10.0', 55.), ('lr=2.0', 62.), ('lam_icm=0.0', 99.))]
+    pd.DataFrame(tried).to_csv(tmp_path / 't.csv', index=False)
+    find = lambda label, ipc=10: joint_table.tuned(label, 'soundshapes', ipc, tmp_path / 't.csv')
+    assert find('AVDD (10, 10)') == dict(lr=2.) and find('DM, lr × 21') == dict(lr=42.)
+    assert find('DM') == find('AVDD (10, 10)', 1) == find('Random') == {}
