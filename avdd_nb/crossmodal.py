@@ -14,7 +14,7 @@ from .core import UserError, choose, configure, hp
 from .data.captions import as_captioned
 from .data.paired import PairedData
 from .evaluate import PROTOCOLS, side_by_side
-from .match.contrastive import low_rank, wbce
+from .match.contrast import low_rank, wbce
 from .nets.towers import PairRecipe, build_towers, contrast, fit_pairs
 
 # %% ../nbs/crossmodal.ipynb #616f09e5

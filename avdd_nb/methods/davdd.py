@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from ..core import hp, patch
 from ..match import coreset
-from ..match.contrast import infonce, same_class
+from ..match.contrast import infonce, same_class, similarities
 from ..match.losses import class_mean
 from ..match.pool import Draw
 from .base import Matching
@@ -84,8 +84,7 @@ def intermodal(real, syn):
 
 def sample_alignment(c, labels, n_classes, temperature):
     "InfoNCE over the synthetic common parts `c` (modality → (N, K)), same class positive, averaged by class: (C,)."
-    rows = sum(infonce(*(F.normalize(c[m], dim=1) for m in ab), temperature, same_class(labels))
-               for ab in combinations(c, 2))
+    rows = sum(infonce(similarities(c[a], c[b], temperature), same_class(labels)) for a, b in combinations(c, 2))
     return class_mean(rows[:, None], labels, n_classes)[:, 0]
 
 def distribution_alignment(syn, prototypes, temperature):

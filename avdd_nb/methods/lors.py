@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..core import hp, rng
-from ..match.contrastive import TAU, info_nce, low_rank, start_low_rank, wbce
+from ..match.contrast import TAU, infonce, low_rank, start_low_rank, wbce
 from ..match.pairexperts import tesla, unrolled
 from .base import METHODS
 from .mdm import PairLearner
@@ -128,7 +128,7 @@ class MTTVL(Trajectory, name='mtt-vl'):
 
     def teach(self, logits, target):
         "InfoNCE."
-        return info_nce(logits)
+        return infonce(logits).mean()
 
 @dataclass
 class TeslaWBCE(Trajectory, name='tesla-wbce'):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..core import UserError, hp, patch, rng
 from ..data.captions import as_captioned
 from ..match import coreset
-from ..match.contrastive import TAU
+from ..match.contrast import TAU
 from ..match.kernels import DISTANCES, ESTIMATORS, agreement, discrepancy, energy
 from ..match.merge import MERGES, merged
 from ..match.pairexperts import EXPERT, PairExperts

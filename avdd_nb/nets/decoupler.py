@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import hp, rng, seeded
 from ..match import augment
-from ..match.contrast import infonce, same_class
+from ..match.contrast import infonce, same_class, similarities
 from .bank import BankRecipe, bank_entry
 from ..store import cached
 
@@ -64,11 +64,12 @@ def decoupling_terms(net, h, y, recipe):
     parts = net(h)
     c, p = ({m: both[k] for m, both in parts.items()} for k in (0, 1))
     positives = same_class(y) if recipe.per_class else None
+    aligned = lambda a, b: infonce(similarities(a, b, recipe.temperature), positives).mean()
     centred = lambda x: x - x.mean(0)
     built = {m: net.sides[m].back(torch.cat(both, 1)) for m, both in parts.items()}
     return dict(shared=F.cross_entropy(4*net.shared(torch.cat(list(c.values()), 1)), y),
                 own=sum(F.cross_entropy(4*net.own[m](x), y) for m, x in p.items()),
-                align=sum(infonce(c[a], c[b], recipe.temperature, positives).mean() for a, b in combinations(c, 2)),
+                align=sum(aligned(c[a], c[b]) for a, b in combinations(c, 2)),
                 apart=recipe.apart*sum((centred(c[m]).T @ centred(p[m])/len(y)).square().sum() for m in c),
                 rebuild=recipe.rebuild*sum(F.mse_loss(built[m], h[m]) for m in h))
 
