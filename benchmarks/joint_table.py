@@ -34,11 +34,11 @@ LABELS = {   # row of the table → (method, its options)
 }
 SELECTION = {'random', 'herding', 'tiled'}
 RATES = {    # at one pair per class, times IPC; chosen so that a step moves pixels alike (see `rates`)
-    'DM': (1., 5., 25.),
-    'AVDD (10, 10)': (.05, .2, 1.),
-    'ImageBindDC, ConvNet': (.2, 1., 5.),
-    'ImageBindDC, joint encoder': (.1, .5, 2.5),
-    'DAVDD-style': (1., 5., 25.),
+    'DM': (.2, 1., 5., 25.),
+    'AVDD (10, 10)': (.01, .05, .2, 1.),
+    'ImageBindDC, ConvNet': (.04, .2, 1., 5.),
+    'ImageBindDC, joint encoder': (.02, .1, .5, 2.5),
+    'DAVDD-style': (.2, 1., 5., 25.),
 }
 ABLATIONS = {
     'DAVDD-style': [dict(lam_cim=0.), dict(lam_sample=0.), dict(lam_dis=0.),
