@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import UserError, choose, hp, rng, seeded
 from ..match import augment
-from ..match.contrast import infonce
+from ..match.contrast import infonce, similarities
 from .convnet import build
 from ..store import cached
 
@@ -118,8 +118,8 @@ class JointRecipe:
 
 def contrast(embedded, temperature=.1):
     "Mean InfoNCE over every two modalities of `embedded` (modality → unit rows (N, D))."
-    return torch.stack([infonce(embedded[a], embedded[b], temperature).mean()
-                        for a, b in combinations(embedded, 2)]).mean()
+    pairs = combinations(embedded.values(), 2)
+    return torch.stack([infonce(similarities(a, b, temperature)).mean() for a, b in pairs]).mean()
 
 # %% ../../nbs/nets/encoders.ipynb #e7fe74bb
 def train_joint(data, recipe=JointRecipe()):

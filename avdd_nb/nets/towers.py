@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import UserError, hp, need, rng, seeded
 from ..match import augment
-from ..match.contrastive import TAU, info_nce, similarities
+from ..match.contrast import TAU, infonce, similarities
 from .convnet import ARCHS, build
 
 # %% ../../nbs/nets/towers.ipynb #c4d79bf5
@@ -90,11 +90,11 @@ def build_towers(modalities, spec=TowerSpec(), seed=0):
     return Towers({m: (nets | heads)[m] for m in modalities})
 
 # %% ../../nbs/nets/towers.ipynb #ea9d94ad
-def contrast(z, tau=TAU, loss=info_nce):
-    "`loss` of every pair of modalities of the unit vectors `z` (modality → (B, D)), averaged."
+def contrast(z, tau=TAU, loss=infonce):
+    "`loss` of the similarities of every pair of modalities of `z` (modality → (B, D)), averaged."
     names = list(z)
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1:]]
-    return sum(loss(similarities(z[a], z[b], tau)) for a, b in pairs)/len(pairs)
+    return sum(loss(similarities(z[a], z[b], tau)).mean() for a, b in pairs)/len(pairs)
 
 @dataclass(frozen=True)
 class PairRecipe(TowerSpec):
