@@ -103,7 +103,8 @@ def evaluate(run: Annotated[Path, Argument(help="folder of a finished run")],
              protocol: Annotated[str, Option(help="paper | thorough")] = 'paper', set_: Fields = [],
              as_json: Annotated[bool, Option('--json', help="print the rows as JSON")] = False,
              baselines: Annotated[bool, Option(help="also its start, random pairs, the whole data")] = False,
-             judge: Annotated[str, Option(help="accuracy | cross (four other networks) | retrieval")] = 'accuracy',
+             judge: Annotated[str, Option(help="accuracy | cross (four other networks) | retrieval | frozen (encoder)")
+                              ] = 'accuracy',
              data_root: Root = None, device: Device = 'cpu'):
     "Trains networks on a run's synthetic set (from scratch, or --set start=DATASET) and scores them on the test split."
     from tqdm import tqdm

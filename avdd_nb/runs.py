@@ -17,6 +17,7 @@ from .crossmodal import evaluate_pairs, protocol_like
 from .data.catalog import load, read_options
 from .distill import distill, peak_memory_mb
 from .evaluate import confusions, cross_architecture
+from .frozen import frozen_heads
 from .methods.base import expand, make_method
 from .retrieval import retrieve
 from .store import (
@@ -232,10 +233,11 @@ def _keep_confusions(out, protocol, seeds, counts):
     save_tensors(_beside(out, 'confusions', protocol, 'safetensors'), {'/'.join(k): c for k, c in counts.items()}, meta)
 
 # %% ../nbs/runs.ipynb #34a3631a
-JUDGES = dict(accuracy=confusions, cross=cross_architecture, retrieval=retrieve)   # called as `evaluate` is
+JUDGES = dict(accuracy=confusions, cross=cross_architecture, retrieval=retrieve, frozen=frozen_heads)   # as `evaluate`
 
-def _whole(protocol, config, root, splits):
-    "The data that the protocol's networks start from, or None."
+def _whole(protocol, config, root, splits, judge):
+    "The real data that the judge learns from, or that the protocol's networks start from, or None."
+    if getattr(JUDGES[judge], 'on_training_data', False): return splits.train
     if protocol.start in ('scratch', config.dataset): return splits.train if protocol.start != 'scratch' else None
     return load(protocol.start, root).train
 
@@ -259,7 +261,7 @@ def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=Fals
     choose(judge, JUDGES, "judge")
     config, syn = load_run(out)
     splits = splits or load(config.dataset, root, **config.data)
-    whole = _whole(protocol, config, root, splits)
+    whole = _whole(protocol, config, root, splits, judge)
     sets = {config.method: syn} | (rivals(config, out, splits.train) if baselines else {})
     rows = []
     for i, (name, train) in enumerate(sets.items()):

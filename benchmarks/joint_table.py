@@ -33,7 +33,8 @@ LABELS = {   # row of the table → (method, its options)
     'DAVDD-style': ('davdd-style', dict(bank_epochs=4)),
 }
 SELECTION = {'random', 'herding', 'tiled'}
-RATES = {    # at one pair per class, times IPC; chosen so that a step moves pixels alike (see `rates`)
+RATES = {    # at one pair per class, times IPC; chosen so that a step moves pixels alike (see `rates`). The smallest was
+    # added where the smallest of the other three was best, at IPC 1
     'DM': (.2, 1., 5., 25.),
     'AVDD (10, 10)': (.01, .05, .2, 1.),
     'ImageBindDC, ConvNet': (.04, .2, 1., 5.),
@@ -44,6 +45,8 @@ ABLATIONS = {
     'DAVDD-style': [dict(lam_cim=0.), dict(lam_sample=0.), dict(lam_dis=0.),
                     dict(lam_dis=0., lam_sample=0., lam_cim=0.), dict(ema=1.), dict(decouple=False),
                     dict(trained_bank=False), dict(mix_private=True)],
+    'ImageBindDC, joint encoder': [dict(lam_cross=0.), dict(lam_joint=0.), dict(lam_cross=0., lam_joint=0.)] + [
+        dict(discrepancy='mmd', lam_cross=0., lam_joint=0., lr=lr) for lr in (2., 10., 50.)],
 }
 
 

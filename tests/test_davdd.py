@@ -141,3 +141,9 @@ def test_cross_covariance_knows_who_is_whose_partner():
 def test_shuffle_rows_are_tidy():
     rows = shuffle_rows(made(), made(), updates=1, width=4)
     assert [r['what'] for r in rows] == list(SHUFFLES) and all(0 <= r['value'] <= 100 for r in rows)
+
+
+def test_one_modality_is_refused_in_one_sentence():
+    data = made(kinds=dict(audio=KINDS['audio']))
+    with pytest.raises(UserError, match='davdd-style needs two modalities.*audio'):
+        make_method('davdd-style').begin(data, 1, 0)

@@ -84,3 +84,15 @@ def test_fixed_frequencies_do_not_change():
     fixed, drawn = Spectrum(8, redraw=False), Spectrum(8)
     assert torch.equal(fixed(f, 1)['cf.a'], fixed(f, 2)['cf.a'])
     assert not torch.equal(drawn(f, 1)['cf.a'], drawn(f, 2)['cf.a'])
+
+
+def test_mmd_is_the_distance_of_the_means_and_unlike_cfd():
+    rows = {m: torch.randn(30, 8, generator=torch.Generator().manual_seed(k)) for k, m in enumerate('ab')}
+    mean = lambda f: {n: x.mean(0, keepdim=True) for n, x in Spectrum(64)(f, 'test').items()}
+    real, syn = mean(rows), mean({m: x[:5] for m, x in rows.items()})
+    unit = lambda x: torch.nn.functional.normalize(x, dim=1).mean(0)
+    want = sum((unit(x) - unit(x[:5])).square().sum() for x in rows.values())
+    alone = dict(lam_cross=0., lam_joint=0.)
+    found = {d: ImageBindDC(discrepancy=d, **alone).loss(real, syn) for d in ('mmd', 'cfd')}
+    torch.testing.assert_close(found['mmd']['uni'][0], want)
+    assert set(found['mmd']) == {'uni'} and found['cfd']['uni'] > found['mmd']['uni']

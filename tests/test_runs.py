@@ -1,4 +1,5 @@
 "A run as a folder: killed for real at any moment and resumed to the same bytes; other folders are refused."
+import functools
 import importlib
 import json
 import os
@@ -324,3 +325,14 @@ def test_whatever_is_learnt_and_the_optimiser_resume(splits, tmp_path, monkeypat
     list(run(config(), tmp_path/'r', splits=splits))
     assert result(tmp_path/'r') == result(tmp_path/'whole')
     assert load_run(tmp_path/'r')[1].extras['scale'] != 1
+
+
+def test_the_frozen_judge_learns_its_encoder_on_the_real_pairs(tmp_path, monkeypatch):
+    from avdd_nb import frozen
+    monkeypatch.setattr(frozen, 'joint_encoder', functools.partial(frozen.joint_encoder, updates=3, width=4))
+    list(run(config('random'), tmp_path / 'r'))
+    rows = evaluate_run(tmp_path / 'r', PROTOCOL, seeds=2, judge='frozen', baselines=True)
+    assert {r['arch'] for r in rows} == {'frozen encoder'} and {r['modality'] for r in rows} == {'AV', 'audio', 'image'}
+    assert {r['method'] for r in rows} == {'random', 'undistilled start', 'random pairs', 'whole data'}
+    with pytest.raises(UserError, match='real pairs'):
+        runs.JUDGES['frozen'](load_run(tmp_path / 'r')[1], load('soundshapes', **DATA).test, PROTOCOL, 1)

@@ -30,7 +30,7 @@ def infonce(logits, positives=None):
     their summed probability.
     """
     if logits.shape[0] != logits.shape[1]:
-        raise UserError(f"InfoNCE needs rows in pairs: got {logits.shape[0]} of one and {logits.shape[1]} of the other.")
+        raise UserError(f"InfoNCE needs rows in pairs: got scores of shape {tuple(logits.shape)}, which is not square.")
     if positives is None: positives = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
     def miss(s): return s.logsumexp(1) - s.masked_fill(~positives, -torch.inf).logsumexp(1)
     return (miss(logits) + miss(logits.T))/2

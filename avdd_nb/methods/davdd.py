@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations, permutations
 import torch
 import torch.nn.functional as F
-from ..core import hp, patch
+from ..core import UserError, hp, patch
 from ..match import coreset
 from ..match.contrast import infonce, same_class, similarities
 from ..match.losses import class_mean
@@ -131,10 +131,18 @@ def lift(self: DAVDD):
     return Parts(self.mix_private)
 
 @patch
+def begin(self: DAVDD, data, ipc, seed):
+    "Where it starts; a `UserError` where there is no second modality to have anything in common with."
+    if len(data.modalities) > 1: return Matching.begin(self, data, ipc, seed)
+    raise UserError(f"{self.name} needs two modalities, and {data.name!r} has one ({', '.join(data.modalities)}): "
+                    "load another one as well, or choose a method for one modality, such as dm.")
+
+@patch
 def source(self: DAVDD, data, seed):
     "The pool's draws, with prototypes."
     return Prototypes(Matching.source(self, data, seed), self.ema)
 
+# %% ../../nbs/methods/davdd.ipynb #4bb9ce0b
 @patch
 def groups_at_once(self: DAVDD, syn, limit_mb=2000):
     "All classes: sample alignment contrasts them."
