@@ -33,8 +33,8 @@ LABELS = {   # row of the table → (method, its options)
     'DAVDD-style': ('davdd-style', dict(bank_epochs=4)),
 }
 SELECTION = {'random', 'herding', 'tiled'}
-# Step sizes at one pair per class, times IPC (see `rates`), such that a step moves pixels alike. Where the second was the
-# best of the last three at IPC 1, the first was tried as well.
+# Step sizes at one pair per class, times IPC (see `rates`), such that a step moves pixels alike. Where the second was
+# the best of the last three at IPC 1, the first was tried as well.
 RATES = {
     'DM': (.2, 1., 5., 25.),
     'AVDD (10, 10)': (.01, .05, .2, 1.),
