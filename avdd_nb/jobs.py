@@ -281,12 +281,13 @@ class OutOfTime(UserError):
     "The quota of seconds is used up: the run stops, and can go on."
 
 # %% ../nbs/jobs.ipynb #639b4fb8
-def measure(out, tell, protocol='paper', options=None, seeds=3, baselines=True, root=None, device='cpu'):
-    "Evaluates the finished run in `out`."
+def measure(out, tell, protocol='paper', options=None, seeds=3, baselines=True, root=None, device='cpu',
+            judge='accuracy'):
+    "Evaluates the finished run in `out` by one of `runs.JUDGES`."
     from avdd_nb.evaluate import make_protocol
     from avdd_nb.runs import evaluate_run
     tell(phase='running', steps=100)
-    evaluate_run(out, make_protocol(protocol, **(options or {})), seeds, root, device, baselines,
+    evaluate_run(out, make_protocol(protocol, **(options or {})), seeds, root, device, baselines, judge=judge,
                  progress=lambda share: tell(step=round(100*share), seconds=_age(), pace=_age()/max(1e-9, 100*share)))
 
 def write_report(out, tell, root=None):

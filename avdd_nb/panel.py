@@ -15,9 +15,11 @@ from .core import UserError, cache_dir, choose, patch
 from .data.catalog import SOURCES
 from .evaluate import PROTOCOLS, Protocol
 from .methods.base import methods
-from .runs import make_config
+from .looks import say
+from .runs import JUDGES, make_config
 from .store import read_json
-from .watch import Watch, clock, say, with_still
+from .views.page import esc
+from .watch import Watch, clock, with_still
 
 # %% ../nbs/panel.ipynb #9dabe8cd
 def shape_of(config, device='cpu'):
@@ -88,7 +90,7 @@ def _head(self: Panel, method, dataset, settings):
     grid = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 13em), 1fr))',
                     grid_gap='2px 12px', width='auto', overflow='visible')
     self.head = W.Box([self.dataset, self.method, self.ipc, self.steps, self.seed, self.device], layout=grid)
-    self.presets = W.ToggleButtons(options=['quick'], description='preset',
+    self.presets = W.ToggleButtons(options=['quick'], description='preset', layout=W.Layout(width='auto'),
                                    style=dict(description_width='5.5em', button_width='7em'))
     self._given = settings['steps']
     self.presets.observe(lambda c: None if self._quiet else self._preset(), 'value')
@@ -146,11 +148,16 @@ def _protocol_box(self: Panel):
     self.protocol = W.Dropdown(options=list(PROTOCOLS), description='protocol', **wide)
     self.seeds = W.IntSlider(value=2, min=1, max=20, description='seeds', tooltip='How many networks are trained',
                              **wide)
+    self.judge = W.Dropdown(options=list(JUDGES), description='judge', tooltip=JUDGED, **wide)
     self.rivals = W.Checkbox(value=True, description='rivals too: its start, random pairs, the whole data', indent=True,
                              style=wide['style'], layout=W.Layout(width='100%'))
     self.protocol_form = Form(Protocol, skip=['name'])
     self.protocol.observe(lambda c: self.protocol_form.show(**_fields(c.new)), 'value')
-    return W.VBox([self.protocol, self.seeds, self.rivals, self.protocol_form])
+    told = W.HTML(f'<div class="avdd-help" style="margin-left:8em">{esc(JUDGED)}</div>')
+    return W.VBox([self.protocol, self.judge, told, self.seeds, self.rivals, self.protocol_form])
+
+JUDGED = ('accuracy: of each modality and of their vote; cross: through four other networks; '
+          'retrieval: sounds ask for pictures, and pictures for sounds')
 
 # %% ../nbs/panel.ipynb #3ba7a9d9
 @patch(as_prop=True)
@@ -160,8 +167,9 @@ def config(self: Panel):
                        self.data_form.values(), self.form.values())
 
 @patch
-def evaluate_with(self: Panel, protocol=None, seeds=None, baselines=None, **fields):
+def evaluate_with(self: Panel, protocol=None, seeds=None, baselines=None, judge=None, **fields):
     "Sets how runs are evaluated: what is given, the rest as it is."
+    if judge: self.judge.value = choose(judge, JUDGES, 'judge')
     if protocol: self.protocol.value = choose(protocol, PROTOCOLS, 'protocol')
     if seeds: self.seeds.value = seeds
     if baselines is not None: self.rivals.value = baselines
@@ -173,7 +181,8 @@ def evaluation(self: Panel):
     base = PROTOCOLS[self.protocol.value]
     shown = {n: c.value for n, c in self.protocol_form.controls.items()}
     changed = {n: v for n, v in shown.items() if v != getattr(base, n)}
-    return dict(protocol=self.protocol.value, options=changed, seeds=self.seeds.value, baselines=self.rivals.value)
+    return dict(protocol=self.protocol.value, options=changed, seeds=self.seeds.value, baselines=self.rivals.value,
+                judge=self.judge.value)
 
 # %% ../nbs/panel.ipynb #a2c488f7
 @patch
@@ -255,7 +264,7 @@ def panel(method='avdd', dataset='soundshapes', preset='quick', *, ipc=1, steps=
     """A panel for `method` on `dataset`: settings, cost, Distil, Stop, Resume, Evaluate, Save, Compare, live views.
 
     preset: 'quick', 'paper', or one that the method declares; steps: default that of the preset; data: options of the
-    data set; root: data root; evaluation: protocol, seeds, baselines, or fields of the protocol; options:
+    data set; root: data root; evaluation: protocol, seeds, baselines, judge, or fields of the protocol; options:
     hyperparameters. Where a run with these settings exists, it is shown.
     """
     choose(method, methods(), "method")

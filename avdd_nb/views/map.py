@@ -9,6 +9,7 @@ __all__ = ['PROJECTIONS', 'REAL_MARKS', 'MADE_MARKS', 'CLASS_COLOURS', 'STILL_MA
 
 # %% ../../nbs/views/map.ipynb #8288e1a0
 import hashlib
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -138,6 +139,11 @@ class Cloud:
         return [hard(y, n) for y, n in zip(sets, self.sizes())]
 
 # %% ../../nbs/views/map.ipynb #7481a487
+@patch
+def see(self: Cloud, embed):
+    "Looks through another encoder from now on."
+    if embed != self.embed: self.embed, self._features = embed, None
+
 @patch
 def features(self: Cloud):
     "Modality → (N, D) of all pairs, real ones first; computed once."
@@ -349,9 +355,9 @@ class Map(Picture):
                          (lambda: _companion(cloud, p, cards)) if cards else '',
                          f'map ({method}, {view}) of {", ".join(words)} pairs', min_width=560)
 
-    def live(self, methods=tuple(PROJECTIONS)):
-        "An ipywidgets box: the map, a choice of projection and view, and the cards of what is clicked or lassoed."
-        return live_map(self.cloud, self.method, self.view, methods)
+    def live(self, methods=tuple(PROJECTIONS), background=False):
+        "An ipywidgets box: the map, choices of projection, view and encoder, the cards of what is clicked or lassoed."
+        return live_map(self.cloud, self.method, self.view, methods, background)
 
 def pair_map(data, syn=None, embed='trained', method='pca', view='joint', max_real=2000, seed=0, folder=None, cards=40,
              title=''):
@@ -392,41 +398,74 @@ def cards_panel():
 
 # %% ../../nbs/views/map.ipynb #2448d55b
 class LiveMap:
-    "The parts of a live map and what happens on a click; `box` is the widget to show."
-    def __init__(self, cloud, method='pca', view='joint', methods=tuple(PROJECTIONS)):
+    """The parts of a live map and what happens on a click; `box` is the widget to show.
+
+    background: places are computed in a thread, so that the kernel stays free meanwhile.
+    """
+    def __init__(self, cloud, method='pca', view='joint', methods=tuple(PROJECTIONS), background=False):
         import ipywidgets as W
-        self.cloud, self.panel = cloud, cards_panel()
+        self.cloud, self.panel, self.background, self.at = cloud, cards_panel(), background, -1
+        self._drawing = threading.Lock()
         views = ['joint', *cloud.seen.modalities, *(['each'] if callable(cloud.embed) else [])]
-        self.method = W.Dropdown(options=list(methods), value=method, description='projection')
-        self.view = W.Dropdown(options=views, value=view, description='view')
-        self.sound = W.Checkbox(True, description='sound on click', indent=False)
-        for control in (self.method, self.view): control.observe(lambda _: self.draw(), 'value')
-        self.sound.observe(lambda change: setattr(self.panel, 'sound', change['new']), 'value')
-        wide = lambda w, px: W.Box([w], layout=W.Layout(width=px, min_width=px, flex='0 0 auto'))
-        self.place = wide(W.HTML(), '610px')
-        side = W.VBox([self.sound, self.panel], layout=W.Layout(flex='1 1 220px', min_width='220px', max_width='640px'))
-        body = W.HBox([self.place, side], layout=W.Layout(flex_flow='row wrap', width='100%'))
-        self.box = W.VBox([W.HBox([self.method, self.view], layout=W.Layout(flex_flow='row wrap')), body])
-        self.draw()
+        look = dict(layout=W.Layout(width='15em'), style=dict(description_width='5.5em'))
+        pick = lambda word, options, value: W.Dropdown(options=list(options), value=value, description=word, **look)
+        self.method, self.view = pick('projection', methods, method), pick('view', views, view)
+        self.embed = pick('seen by', FEATURES, cloud.embed) if isinstance(cloud.embed, str) else None
+        controls = [c for c in (self.method, self.view, self.embed) if c]
+        for control in controls: control.observe(lambda _: self.change(), 'value')
+        self.box = W.VBox([W.HBox(controls, layout=W.Layout(flex_flow='row wrap')), self._body(W)])
+        self.change()
 
 # %% ../../nbs/views/map.ipynb #c4f00be8
 @patch
+def _body(self: LiveMap, W):
+    "The map, and beside it what is chosen: by mouse in the map, or pair by pair with two buttons."
+    self.sound = W.Checkbox(True, description='sound on click', indent=False, layout=W.Layout(width='auto'))
+    self.sound.observe(lambda change: setattr(self.panel, 'sound', change['new']), 'value')
+    def button(word, by, tip):
+        made = W.Button(description=word, tooltip=tip, layout=W.Layout(width='auto'))
+        made.on_click(lambda _: self.walk(by))
+        return made
+    walk = button('‹ previous', -1, 'The pair before; synthetic ones come first'), button('next ›', 1, 'The next pair')
+    self.place = W.Box([], layout=W.Layout(width='610px', min_width='610px', flex='0 0 auto'))
+    row = W.HBox([*walk, self.sound], layout=W.Layout(flex_flow='row wrap'))
+    side = W.VBox([row, self.panel], layout=W.Layout(flex='1 1 260px', min_width='260px', max_width='640px'))
+    return W.HBox([self.place, side], layout=W.Layout(flex_flow='row wrap', width='100%'))
+
+# %% ../../nbs/views/map.ipynb #c4f00be9
+@patch
+def change(self: LiveMap):
+    "Draws what is chosen now, in a thread where the map was made so."
+    if self.background: threading.Thread(target=self.draw, daemon=True).start()
+    else: self.draw()
+
+@patch
 def draw(self: LiveMap):
     "Computes the places of the chosen projection and view (kept, so once) and shows them."
+    with self._drawing:
+        self.tell(f'placing {sum(self.cloud.sizes())} pairs …')
+        if self.embed: self.cloud.see(self.embed.value)
+        try: self.points = self.cloud.points(self.method.value, self.view.value)
+        except UserError as e: return self.tell(str(e))
+        self.figure, self.at = self._figure(), -1
+        self.place.children = [self.figure]
+        self.tell('Click a point, draw a lasso around some, or walk from pair to pair.')
+
+@patch
+def _figure(self: LiveMap):
+    "The live figure; its last trace is the ring around the pair that was chosen."
     import plotly.graph_objects as go
-    self.tell(f'placing {sum(self.cloud.sizes())} pairs …')
-    try: self.points = self.cloud.points(self.method.value, self.view.value)
-    except UserError as e: return self.tell(str(e))
     base = map_figure(self.points, self.cloud.names, self.cloud.classes)
     base.update_layout(width=600, clickmode='event')
+    ring = dict(symbol='circle-open', size=21, color=INK, line=dict(width=3))
+    base.add_trace(go.Scattergl(x=[None], y=[None], mode='markers', marker=ring, hoverinfo='skip', showlegend=False))
     figure = go.FigureWidget(base)
     for trace in figure.data:
         if trace.customdata is None: continue
         trace.on_click(lambda trace, hit, _: self.show(trace.customdata[hit.point_inds]))
         trace.on_selection(lambda trace, hit, _: self.gather(trace, hit.point_inds))
     figure._config = dict(displaylogo=False, scrollZoom=True)
-    self.figure, self.place.children = figure, [figure]
-    self.tell('Click a point, or draw a lasso around some.')
+    return figure
 
 @patch
 def tell(self: LiveMap, note):
@@ -444,6 +483,15 @@ def show(self: LiveMap, numbers, most=12):
     self.panel.note = f'{len(few)} of {len(numbers)} points' if len(numbers) > len(few) else ''
     self.panel.cards = f'<div class="avdd-cards">{"".join(cards)}</div>'
     self.panel.count += 1
+    ring = self.figure.data[-1]
+    with self.figure.batch_update(): ring.x, ring.y = p.xy[few].T if len(few) == 1 else ((), ())
+
+@patch
+def walk(self: LiveMap, by=1):
+    "Shows the next pair (or, with −1, the one before): synthetic ones first, then real ones."
+    order = np.argsort(self.points.source == 0, kind='stable')
+    self.at = (self.at + by) % len(order) if self.at >= 0 or by > 0 else len(order) - 1
+    self.show([order[self.at]])
 
 @patch
 def gather(self: LiveMap, trace, inds):
@@ -455,9 +503,9 @@ def gather(self: LiveMap, trace, inds):
         self.show(np.concatenate(list(waiting.values())))
 
 # %% ../../nbs/views/map.ipynb #5da3b026
-def live_map(cloud, method='pca', view='joint', methods=tuple(PROJECTIONS)):
+def live_map(cloud, method='pca', view='joint', methods=tuple(PROJECTIONS), background=False):
     "The ipywidgets box of a `Cloud`'s live map; its `.map` is the `LiveMap`."
-    made = LiveMap(cloud, method, view, methods)
+    made = LiveMap(cloud, method, view, methods, background)
     made.box.map = made
     return made.box
 
