@@ -51,7 +51,9 @@ class Panel(W.VBox):
         inside.titles = 'Hyperparameters', 'Options of the data', 'How it is evaluated'
         inside.selected_index = 0
         self.inside = inside
-        super().__init__([self.head, self.presets, inside, self.guess, self.watch], layout=W.Layout(width='auto'))
+        word = W.Label('preset', layout=W.Layout(width='5.5em', display='flex', justify_content='flex-end'))
+        presets = W.HBox([word, self.presets], layout=W.Layout(margin='4px 0'))
+        super().__init__([self.head, presets, inside, self.guess, self.watch], layout=W.Layout(width='auto'))
         self._new_method(preset, options)
         self._new_data()
         self.method.observe(lambda c: self._new_method(self.presets.value, {}), 'value')
@@ -87,11 +89,10 @@ def _head(self: Panel, method, dataset, settings):
                                  **look('seed', 'Of everything that is drawn'))
     self.device = W.Dropdown(options=_devices(), value=settings['device'], **look('device', 'Where it computes'))
     for w in (self.ipc, self.steps, self.seed, self.device): w.observe(lambda c: self._changed(), 'value')
-    grid = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 13em), 1fr))',
+    grid = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 15em), 1fr))',
                     grid_gap='2px 12px', width='auto', overflow='visible')
     self.head = W.Box([self.dataset, self.method, self.ipc, self.steps, self.seed, self.device], layout=grid)
-    self.presets = W.ToggleButtons(options=['quick'], description='preset', layout=W.Layout(width='auto'),
-                                   style=dict(description_width='5.5em', button_width='7em'))
+    self.presets = W.ToggleButtons(options=['quick'], layout=W.Layout(width='auto'), style=dict(button_width='7em'))
     self._given = settings['steps']
     self.presets.observe(lambda c: None if self._quiet else self._preset(), 'value')
 

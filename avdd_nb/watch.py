@@ -63,7 +63,6 @@ class Curves(W.Box):
         if not series: return
         base = loss_curves(events).figure
         base.update_layout(width=self.width, height=360, uirevision='stay')
-        base.update_yaxes(dtick=None)
         self.children = [go.FigureWidget(base)]
 
 # %% ../nbs/watch.ipynb #fc082856

@@ -72,8 +72,7 @@ def _live_lines(series, x_title, y_title, log):
                                         xanchor='left', y=-.14, yanchor='top', showactive=True, bgcolor='#c9d0d5',
                                         bordercolor=INK, font=dict(size=12, color='#222'))])
     fig.update_xaxes(title_text=x_title)
-    scale = dict(type='log', dtick=1) if log else dict(type='linear')
-    fig.update_yaxes(title_text=y_title, exponentformat='power', **scale)
+    fig.update_yaxes(title_text=y_title, type='log' if log else 'linear', tickformat='~g')
     return plotly_style(fig, showlegend=True, hovermode='x unified', margin=dict(l=60, r=20, t=50, b=70))
 
 # %% ../../nbs/views/curves.ipynb #8c40fa42

@@ -400,7 +400,7 @@ def cards_panel():
 class LiveMap:
     """The parts of a live map and what happens on a click; `box` is the widget to show.
 
-    background: places are computed in a thread, so that the kernel stays free meanwhile.
+    background: other places are computed in a thread, so that the kernel stays free meanwhile.
     """
     def __init__(self, cloud, method='pca', view='joint', methods=tuple(PROJECTIONS), background=False):
         import ipywidgets as W
@@ -414,7 +414,7 @@ class LiveMap:
         controls = [c for c in (self.method, self.view, self.embed) if c]
         for control in controls: control.observe(lambda _: self.change(), 'value')
         self.box = W.VBox([W.HBox(controls, layout=W.Layout(flex_flow='row wrap')), self._body(W)])
-        self.change()
+        self.draw()
 
 # %% ../../nbs/views/map.ipynb #c4f00be8
 @patch
