@@ -158,7 +158,8 @@ def _protocol_box(self: Panel):
     return W.VBox([self.protocol, self.judge, told, self.seeds, self.rivals, self.protocol_form])
 
 JUDGED = ('accuracy: of each modality and of their vote; cross: through four other networks; '
-          'retrieval: sounds ask for pictures, and pictures for sounds')
+          'retrieval: sounds ask for pictures, and pictures for sounds; '
+          'frozen: heads on an encoder of the real data')
 
 # %% ../nbs/panel.ipynb #3ba7a9d9
 @patch(as_prop=True)

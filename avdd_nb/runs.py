@@ -7,7 +7,7 @@ __all__ = ['SNAPSHOTS', 'JUDGES', 'RunConfig', 'make_config', 'versions', 'snaps
            'as_it_stands', 'rivals', 'evaluate_run', 'run_confusions']
 
 # %% ../nbs/runs.ipynb #139d5349
-import contextlib, hashlib, json, platform, time
+import contextlib, hashlib, itertools, json, platform, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import torch
@@ -19,7 +19,7 @@ from .distill import distill, peak_memory_mb
 from .evaluate import confusions, cross_architecture
 from .frozen import frozen_heads
 from .methods.base import expand, make_method
-from .retrieval import retrieve
+from .retrieval import order, retrieve
 from .store import (
     append_event, load_state, load_tensors, lock, read_json, save_state, save_tensors, truncate_events, write_json)
 from .synset import load_synset, save_synset
@@ -241,10 +241,19 @@ def _whole(protocol, config, root, splits, judge):
     if protocol.start in ('scratch', config.dataset): return splits.train if protocol.start != 'scratch' else None
     return load(protocol.start, root).train
 
-def _judged(judge, train, splits, protocol, seeds, progress, whole):
+def _keep_found(out, protocol, items, features, most=10):
+    "Keeps what a network found in its gallery: 'asked/found' → item numbers (G, most), best first."
+    items = items.cpu()
+    ranked = {f'{a}/{b}': items[order(features[a], features[b])[:, :most].cpu()]
+              for a, b in itertools.permutations(features, 2)}
+    meta = dict(digest=protocol.digest)
+    save_tensors(_beside(out, 'found', protocol, 'safetensors'), dict(items=items) | ranked, meta)
+
+def _judged(judge, train, splits, protocol, seeds, progress, whole, keep=None):
     "(confusion counts or None, rows) of one training set."
     if splits.train.n_classes:
-        found = JUDGES[judge](train, splits.test, protocol, seeds, progress=progress, whole=whole)
+        more = dict(keep=keep) if judge == 'retrieval' else {}
+        found = JUDGES[judge](train, splits.test, protocol, seeds, progress=progress, whole=whole, **more)
         return found if judge == 'accuracy' else (None, found)
     if judge != 'accuracy':
         raise UserError(f"The judge {judge!r} needs classes, and {splits.train.name!r} has none: leave it out.")
@@ -263,12 +272,13 @@ def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=Fals
     splits = splits or load(config.dataset, root, **config.data)
     whole = _whole(protocol, config, root, splits, judge)
     sets = {config.method: syn} | (rivals(config, out, splits.train) if baselines else {})
-    rows = []
+    seeds, rows = list(range(seeds)) if isinstance(seeds, int) else list(seeds), []
+    keep = lambda seed, items, features: seed == seeds[0] and _keep_found(out, protocol, items, features)
     for i, (name, train) in enumerate(sets.items()):
         part = lambda done, i=i: progress and progress((i + done)/len(sets))
-        counts, found = _judged(judge, train.to(device), splits, protocol, seeds, part, whole and whole.to(device))
-        if counts and train is syn:
-            _keep_confusions(out, protocol, seeds if isinstance(seeds, int) else len(seeds), counts)
+        counts, found = _judged(judge, train.to(device), splits, protocol, seeds, part, whole and whole.to(device),
+                                keep if train is syn else None)
+        if counts and train is syn: _keep_confusions(out, protocol, len(seeds), counts)
         rows += [dict(method=name, ipc=config.ipc if train is not splits.train else 0) | row for row in found]
     write_json(_beside(out, 'evaluation' if judge == 'accuracy' else judge, protocol, 'json'), rows)
     return rows

@@ -235,7 +235,7 @@ def _once(self: Watch, what, mark, show):
         except UserError: return
         self._seen[what] = found
 
-KEPT = ('evaluation', 'cross', 'retrieval')
+KEPT = ('evaluation', 'cross', 'retrieval', 'frozen')
 
 def _mark(paths):
     return [(p.name, p.stat().st_mtime_ns) for p in sorted(paths)]
@@ -320,7 +320,8 @@ def results_html(run):
     from avdd_nb.views.curves import accuracy_frame, accuracy_tables
     from avdd_nb.views.scores import kept_rows
     words = dict(accuracy='test accuracy in percent', cross='test accuracy in percent through other networks',
-                 retrieval='retrieval: R@1 and R@5 in percent, MedR the median rank')
+                 retrieval='retrieval: R@1 and R@5 in percent, MedR the median rank',
+                 frozen='test accuracy in percent of heads on a frozen encoder of the real data')
     found = ''
     for judge, told in words.items():
         rows, groups = kept_rows(run, judge), {}

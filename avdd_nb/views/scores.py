@@ -185,7 +185,7 @@ def _still_examples(data, ranked, queries, asked, found, top):
 
 # %% ../../nbs/views/scores.ipynb #76f8aa7f
 def kept_rows(run, judge='accuracy'):
-    "The rows that evaluations by this judge ('accuracy', 'cross', 'retrieval') have left in a run's folder."
+    "The rows that evaluations by this judge (see `runs.JUDGES`) have left in a run's folder."
     kind = 'evaluation' if judge == 'accuracy' else judge
     return [row for path in sorted(Path(run).glob(f'{kind}-*.json')) for row in read_json(path)]
 
@@ -195,6 +195,7 @@ def run_scores(run, root=None):
     for protocol in dict.fromkeys(r['protocol'] for r in rows):
         found[f'accuracy, protocol {protocol}'] = scores(rows, ('method',), protocol)
     if cross := kept_rows(run, 'cross'): found['through other networks'] = scores(cross)
+    if frozen := kept_rows(run, 'frozen'): found['heads on a frozen encoder'] = scores(frozen, ('method',))
     if asked := kept_rows(run, 'retrieval'): found['retrieval'] = retrieval_scores(asked)
     return found | _confused(run) | _examples(run, root)
 
