@@ -153,6 +153,8 @@ def from_real(data, idx, factor=1, order='column', **provenance):
     C, n = idx.shape
     if n % factor**2:
         raise UserError(f"{n} real pairs per class do not fill samples of {factor}×{factor} tiles evenly.")
+    flat = [m for m, s in data.modalities.items() if len(s.shape) < 2]
+    if factor > 1 and flat: raise UserError(f"{flat[0]!r} is no picture that could be cut into tiles: set factor=1.")
     by_tile = idx.view(C, factor**2, -1).transpose(0, 1).flatten(1)                       # (l², C·ipc)
     x = data.batch(by_tile.flatten())
     tensors = {m: mosaic(v.unflatten(0, by_tile.shape), factor, order) for m, v in x.items()}

@@ -214,3 +214,15 @@ def test_evidence_is_computed_once(monkeypatch):
     monkeypatch.setitem(start.EVIDENCE, 'grand', None)
     assert torch.equal(start.starting_pairs(d, 'grand', 1)[:, 0], first[:, 0])
     with pytest.raises(UserError, match="did you mean 'grand'"): start.starting_pairs(d, 'grandd', 1)
+
+
+def test_a_change_of_numbers_asks_for_a_new_revision():
+    "What is kept on disk was made by this code: where these numbers change, raise `store.REVISION` and write them anew."
+    from avdd_nb import store
+    from avdd_nb.data.catalog import load
+    data = load('soundshapes', n_train=20, n_test=10).train
+    found = FeaturePool(data, size=1, width=8, keep=False).at(0).real
+    seen = {m: [*x.shape, *(round(v, 3) for v in (x.mean().item(), x.std().item(), x[0, 0].item()))]
+            for m, x in found.items()}
+    first = {1: dict(audio=[10, 128, .370, .262, .642], image=[10, 128, .383, .351, .423])}
+    assert seen == {m: pytest.approx(v, abs=2e-3) for m, v in first[store.REVISION].items()}

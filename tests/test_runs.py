@@ -3,6 +3,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from avdd_nb.evaluate import make_protocol
 from avdd_nb.runs import RunConfig, evaluate_run, load_run, run
 from avdd_nb.store import load_state, read_events, write_json
 from avdd_nb.synset import load_synset
+from avdd_nb.views.curves import accuracy_frame
 
 DATA = dict(n_train=60, n_test=30)
 OPTIONS = dict(width=4, features='random', pool_size=4, real_batch=0, factor=2)
@@ -290,6 +292,38 @@ def test_evaluation_rows_and_file(finished, splits):
     alone = evaluate_run(out, PROTOCOL, 2, splits=splits)
     strip = lambda rows: [r['accuracy'] for r in rows if r['method'] == 'avdd']
     assert strip(alone) == strip(rows) and {r['method'] for r in alone} == {'avdd'}
+
+
+def test_two_changed_protocols_live_side_by_side(finished, splits):
+    out, _ = finished
+    other = make_protocol('paper', width=4, epochs=2, epochs_whole=1)
+    rows = {p.digest: evaluate_run(out, p, 1, splits=splits) for p in (PROTOCOL, other)}
+    kept = {json.loads(p.read_text())[0]['digest']: p for p in out.glob('evaluation-*.json')}
+    assert set(kept) >= set(rows) and len({p.name for p in kept.values()}) == len(kept)
+    frame = accuracy_frame({'x': [r for found in rows.values() for r in found]})
+    assert set(frame.protocol) == {f'paper* {d}' for d in rows} and frame.n.eq(1).all()
+    counts = [runs.run_confusions(out, p, 1, splits=splits) for p in (PROTOCOL, other)]
+    assert not all(counts[0][k].equal(counts[1][k]) for k in counts[0])
+
+
+def test_the_name_that_changed_protocols_once_shared_is_still_read(finished, splits, tmp_path, monkeypatch):
+    out = shutil.copytree(finished[0], tmp_path/'run')
+    rows, old = evaluate_run(out, PROTOCOL, 1, splits=splits), 'paper-changed'
+    for path in [*out.glob(f'*-paper-{PROTOCOL.digest}.*')]:
+        path.rename(path.with_name(path.name.replace(f'paper-{PROTOCOL.digest}', old)))
+    with monkeypatch.context() as m:
+        m.setattr(runs, 'confusions', None)                                         # a second training would fail
+        assert runs.run_confusions(out, PROTOCOL, 1, splits=splits)
+    assert evaluate_run(out, PROTOCOL, 1, splits=splits)[0]['accuracy'] == rows[0]['accuracy']
+    assert not (out/f'evaluation-{old}.json').exists()                              # the same rows are not kept twice
+    write_json(out/f'evaluation-{old}.json', [dict(digest='another')])
+    evaluate_run(out, PROTOCOL, 1, splits=splits)
+    assert (out/f'evaluation-{old}.json').exists()
+
+
+def test_networks_of_one_protocol_are_told_by_name():
+    rows = [dict(protocol='paper*', digest=a, arch=a, modality='AV', fusion='mean', accuracy=1.) for a in ('A', 'B')]
+    assert list(accuracy_frame({'x': rows}).protocol) == ['paper* A', 'paper* B']
 
 
 def test_evaluating_what_is_no_run(tmp_path):

@@ -300,3 +300,12 @@ def test_cache_keys_and_damage(tmp_path, monkeypatch):
     assert get(dict(a=1, b=2))[1] == dict(n=n + 1)
     with pytest.raises(ZeroDivisionError): store.cached('kind', 'bad', lambda: 1/0)
     assert store.cached('kind', 'bad', lambda: (dict(x=torch.ones(1)), {}))[1] == {}
+
+
+def test_what_earlier_code_made_is_never_read(tmp_path, monkeypatch):
+    monkeypatch.setenv('AVDD_CACHE', str(tmp_path))
+    make = lambda n: lambda: (dict(x=torch.full((1,), float(n))), {})
+    assert store.cached('kind', 'key', make(1))[0]['x'].item() == 1
+    monkeypatch.setattr(store, 'REVISION', store.REVISION + 1)
+    assert store.cached('kind', 'key', make(2))[0]['x'].item() == 2
+    assert store.cached('kind', 'key', make(3))[0]['x'].item() == 2

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from avdd_nb.core import UserError
+from avdd_nb.distill import forget_peak, peak_memory_mb
 from avdd_nb.store import cached, lock, read_events, read_json, write_json
 from avdd_nb.sweep import job as job_room
 from avdd_nb.sweep.job import Handle, bare, by_notebook, run_job
 from avdd_nb.sweep.local import find_gpus, make_slots, sweep
 from avdd_nb.sweep.plan import done, expand, forecast, job_folder, make_jobs, read_grid, read_plan, save_plan
-from avdd_nb.sweep.results import gather
+from avdd_nb.sweep.report import comparison_report, sweep_report
+from avdd_nb.sweep.results import gather, significance, summary
 from avdd_nb.sweep.watch import snapshot, state, tail
 
 TINY = dict(dataset='soundshapes', method=['herding', 'dm'], ipc=1, steps=3, seeds=1,
@@ -323,3 +325,31 @@ def test_dry_run_starts_nothing(tmp_path):
 def test_forecast_of_nothing(tmp_path):
     assert forecast([], tmp_path) == '0 jobs: 0 done, 0 to do.'
     assert Path(tmp_path).exists() and by_notebook is not bare
+
+
+# -- retrieval ---------------------------------------------------------------------------------------------------------
+def test_retrieval_stands_beside_accuracy_and_is_never_averaged_with_it(tmp_path):
+    grid = TINY | dict(method='dm', seed=[0, 1], data_options=dict(n_train=60, n_test=60))
+    jobs = make_jobs([grid, grid | dict(judge='retrieval')])
+    assert {s for s, _ in sweep(jobs, tmp_path, workers=1, bare=True).values()} == {'done'}
+    frame = gather(tmp_path)
+    means = summary(frame)
+    assert set(means.metric) == {'accuracy_pct', 'R@1', 'R@5', 'MedR'} and (means.n <= 2).all()
+    mine = means[(means.label == 'dm') & (means.metric == 'MedR') & (means.modality == 'audio→image')].iloc[0]
+    kept = frame[(frame.label == 'dm') & (frame.metric == 'MedR') & (frame.modality == 'audio→image')]
+    assert mine['mean'] == pytest.approx(kept.value.mean()) and mine.chance > 1
+    page = sweep_report(tmp_path).read_text()
+    for words in ('R@1, %', 'median rank', 'audio→image', 'image→audio', 'Guessing reaches 10.0', 'accuracy, %'):
+        assert words in page, words
+    assert {*significance(frame).metric} == set(means.metric)
+    other = comparison_report(tmp_path, tmp_path, tmp_path/'c.html').read_text()
+    assert 'MedR' in other and 'Only in one' not in other
+
+
+def test_memory_of_a_run_is_its_own():
+    before = peak_memory_mb(torch.device('cpu'))
+    big = torch.ones(300*2**18)
+    assert peak_memory_mb(torch.device('cpu')) > before + 200
+    del big
+    forget_peak(torch.device('cpu'))
+    if os.access('/proc/self/clear_refs', os.W_OK): assert peak_memory_mb(torch.device('cpu')) < before + 200

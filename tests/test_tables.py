@@ -2,11 +2,13 @@
 import re
 import time
 
+import pandas as pd
 import pytest
 
+from avdd_nb.core import UserError
 from avdd_nb.papers import paper_rows, plain
 from avdd_nb.sweep.plan import make_jobs, page_parameters, read_grid
-from avdd_nb.sweep.tables import TABLES, table_jobs
+from avdd_nb.sweep.tables import TABLES, Shown, run_table, table_jobs
 
 # What this library cannot do yet. A row that waits for anything else is a mistake in the table.
 WAITS = {'ImageBindDC 2', 'ImageBindDC 5'}
@@ -39,6 +41,23 @@ def test_rows_are_the_papers(name):
     jobs, waiting = table_jobs(name)
     assert (name in WAITS) == bool(waiting), waiting
     assert jobs or name in WAITS
+
+
+def test_data_that_are_missing_are_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv('AVDD_DATA', str(tmp_path))
+    ask = dict(out=tmp_path/'out', workers=1)
+    with pytest.raises(UserError, match='hf download'): run_table('AVDD 3', 'paper', 'ave', **ask)
+    assert len(list(tmp_path.glob('out/*/jobs/*/failed.json'))) == 1        # the first one says it for all
+    with pytest.raises(UserError, match='soundshapes'): run_table('AVDD 3', dataset='soundshape', **ask)
+
+
+@pytest.mark.parametrize('name, judged', [('AVDD 8', 'accuracy'), ('AVDD 6', 'R@1')])
+def test_every_page_has_a_picture(name, judged):
+    means = pd.DataFrame([dict(label=l, ipc=10, seconds=1., metric=m, mean=v, std=float('nan'), n=1)
+                          for l, v, m in (('a', 1., judged), ('b', 2., judged))])
+    shown = Shown(TABLES[name], frame=means, means=means)
+    assert judged in shown.over_budget().alt and judged in shown.over_time().alt
+    assert Shown(TABLES[name]).over_budget() is None
 
 
 @pytest.mark.slow

@@ -85,7 +85,7 @@ class Job:
     def title(self):
         "A few words for people."
         p = self.parameters
-        words = [self.label or Path(self.notebook).stem, *[str(p[k]) for k in ('dataset',) if k in p]]
+        words = [self.label or Path(self.notebook).stem, *[str(p[k]) for k in ('dataset', 'scale') if p.get(k)]]
         return ' · '.join(words + [f"{k} {p[k]}" for k in ('ipc', 'seed') if k in p and not self.is_whole])
 
     @property

@@ -44,7 +44,7 @@ def _rows_of(folder, job):
         metric, value = _number(row)
         kept = {k: v for k, v in row.items() if k not in (*MEASURES, 'metric', 'seed', 'seconds')}
         seeds = dict(eval_seed=row.get('seed', 0), eval_seconds=row.get('seconds'))
-        yield dict(label=job.label) | facts | kept | seeds | dict(metric=metric, value=value) | origin
+        yield dict(label=job.label, modality='', fusion='') | facts | kept | seeds | dict(metric=metric, value=value) | origin
 
 # %% ../../nbs/sweep/results.ipynb #66307acc
 def gather(folder, jobs=None):
@@ -67,11 +67,14 @@ SETTING = ('label', 'dataset', 'data', 'data_hash', 'ipc', 'steps', 'options', '
            'head', 'width', 'epochs', 'n_train', 'modality', 'fusion', 'metric')
 
 def summary(frame):
-    "One row per setting: mean, std (NaN for one number), n, runs, seconds and peak memory of a distillation."
-    keys = [k for k in SETTING if k in frame]
+    """One row per setting: mean, std (NaN for one number), n, runs, seconds and peak memory of a distillation.
+
+    Where the judge knows what guessing would reach, that stands there too (`chance`).
+    """
+    keys, luck = [k for k in SETTING if k in frame], dict(chance=('chance', 'first')) if 'chance' in frame else {}
     found = frame.groupby(keys, sort=False, dropna=False).agg(
         mean=('value', 'mean'), std=('value', 'std'), n=('value', 'size'), runs=('seed', 'nunique'),
-        seconds=('seconds', 'mean'), memory_mb=('memory_mb', 'max'))
+        seconds=('seconds', 'mean'), memory_mb=('memory_mb', 'max'), **luck)
     return found.reset_index()
 
 # %% ../../nbs/sweep/results.ipynb #103097fa
