@@ -4,7 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from avdd_nb import store
 from avdd_nb.core import UserError
+from avdd_nb.data.catalog import load
 from avdd_nb.data.paired import Modality, PairedData
 from avdd_nb.match import augment, coreset, start
 from avdd_nb.match.pool import FeaturePool, FreshDraws, random_nets, real_means
@@ -217,9 +219,7 @@ def test_evidence_is_computed_once(monkeypatch):
 
 
 def test_a_change_of_numbers_asks_for_a_new_revision():
-    "What is kept on disk was made by this code: where these numbers change, raise `store.REVISION` and write them anew."
-    from avdd_nb import store
-    from avdd_nb.data.catalog import load
+    "What is kept on disk was made by this code: where its numbers change, raise `store.REVISION`, write them anew."
     data = load('soundshapes', n_train=20, n_test=10).train
     found = FeaturePool(data, size=1, width=8, keep=False).at(0).real
     seen = {m: [*x.shape, *(round(v, 3) for v in (x.mean().item(), x.std().item(), x[0, 0].item()))]

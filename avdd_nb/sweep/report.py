@@ -145,7 +145,7 @@ def _tests(frame, against='random'):
     table = table[table.fusion.isin(['mean', 'joint', ''])].round(3)
     table['metric'] = table.metric.map(metric_words)
     kept = ['dataset', 'label', 'ipc', 'modality', 'metric', 'difference', 'low', 'high', 'p', 'pairs']
-    return [Section(f'More than chance? Against {against}', [table[kept].fillna('–')],
+    return [Section(f'More than chance? Against {against}', [table[kept].astype(object).fillna('–')],
                     'Paired over shared seeds: mean difference, its 95 % interval, p of a paired t-test. '
                     'With fewer than two pairs nothing can be said.')]
 
@@ -180,7 +180,7 @@ def comparison_report(a, b, path=None):
     kept = ['label', 'dataset', 'ipc', 'steps', 'protocol', 'arch', 'modality', 'fusion', 'metric', 'a', 'b']
     tests = both[[*kept, 'difference', 'low', 'high', 'p', 'pairs']] if len(both) else both
     none = 'Nothing was measured under the same protocol on the same data.'
-    items = [tests.round(3).fillna('–')] if len(both) else [none]
+    items = [tests.round(3).astype(object).fillna('–')] if len(both) else [none]
     sections = [Section('Measured in both', items, f'a is {a}, b is {b}; differences b − a, paired over shared seeds.')]
-    if len(rest): sections.append(Section('Only in one', [rest[[*kept, 'where']].round(3).fillna('–')], folded=True))
+    if len(rest): sections.append(Section('Only in one', [rest[[*kept, 'where']].round(3).astype(object).fillna('–')], folded=True))
     return write_report(path or Path(b)/'comparison.html', f'{Path(a).name} beside {Path(b).name}', sections)
