@@ -15,7 +15,7 @@ from . import __version__
 from .core import UserError, choose
 from .crossmodal import evaluate_pairs, protocol_like
 from .data.catalog import load, read_options
-from .distill import distill, peak_memory_mb
+from .distill import distill, forget_peak, peak_memory_mb
 from .evaluate import confusions, cross_architecture
 from .frozen import frozen_heads
 from .methods.base import expand, make_method
@@ -136,6 +136,7 @@ def run(config, out, root=None, device='cpu', resume=True, checkpoint_every=30.,
     with lock(out/'.lock', wait=False) as mine:
         if not mine: raise UserError(f"The run in {out} is already going on in another process.")
         if (out/'done.json').exists(): return
+        forget_peak(torch.device(device))
         with _claim(out):
             data = (splits or load(config.dataset, root, **config.data)).train.to(device)
             syn = method.begin(data, config.ipc, config.seed).to(device)
@@ -225,8 +226,19 @@ def rivals(config, out, data):
 
 # %% ../nbs/runs.ipynb #d25b759a
 def _beside(out, what, protocol, ending):
-    "The file of an evaluation under `protocol` in the run's folder."
+    "The file of an evaluation under `protocol` in the run's folder; a changed protocol is called by its digest."
+    return Path(out)/f"{what}-{protocol.name.replace('*', f'-{protocol.digest}')}.{ending}"
+
+def _formerly(out, what, protocol, ending):
+    "The one file that all changed protocols once shared."
     return Path(out)/f"{what}-{protocol.name.replace('*', '-changed')}.{ending}"
+
+def _keep_rows(out, what, protocol, rows):
+    "Writes the rows; a file of the old name with rows of the same protocol makes room for them."
+    path, old = _beside(out, what, protocol, 'json'), _formerly(out, what, protocol, 'json')
+    write_json(path, rows)
+    mine = {r['digest'] for r in rows}
+    if old != path and old.exists() and {r['digest'] for r in read_json(old)} <= mine: old.unlink()
 
 def _keep_confusions(out, protocol, seeds, counts):
     meta = dict(digest=protocol.digest, seeds=seeds)
@@ -262,7 +274,8 @@ def _judged(judge, train, splits, protocol, seeds, progress, whole, keep=None):
 # %% ../nbs/runs.ipynb #3c8f3493
 def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=False, progress=None, splits=None,
                  judge='accuracy'):
-    """Tidy rows for the finished run in `out`, and its rivals with `baselines`; kept as `evaluation-<protocol>.json`.
+    """Tidy rows for the finished run in `out`, and its rivals with `baselines`; kept as `evaluation-<protocol>.json`
+    (a changed protocol: `evaluation-<protocol>-<digest>.json`, so that two of them live side by side).
 
     progress: called with the finished fraction. judge: one of `JUDGES`; the rows of others are kept under its name.
     Rows are those of the judge, with method and ipc in front; for data without classes, those of `evaluate_pairs`.
@@ -280,7 +293,7 @@ def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=Fals
                                 keep if train is syn else None)
         if counts and train is syn: _keep_confusions(out, protocol, len(seeds), counts)
         rows += [dict(method=name, ipc=config.ipc if train is not splits.train else 0) | row for row in found]
-    write_json(_beside(out, 'evaluation' if judge == 'accuracy' else judge, protocol, 'json'), rows)
+    _keep_rows(out, 'evaluation' if judge == 'accuracy' else judge, protocol, rows)
     return rows
 
 # %% ../nbs/runs.ipynb #ae85d4e8
@@ -289,8 +302,9 @@ def run_confusions(out, protocol, seeds=3, root=None, device='cpu', progress=Non
 
     Row = true class, column = what was said. Taken from the last evaluation with at least so many seeds, else made.
     """
-    path = _beside(out, 'confusions', protocol, 'safetensors')
-    if path.exists():
+    for name in (_beside, _formerly):
+        path = name(out, 'confusions', protocol, 'safetensors')
+        if not path.exists(): continue
         tensors, meta = load_tensors(path)
         if meta['digest'] == protocol.digest and meta['seeds'] >= seeds:
             return {tuple(k.split('/', 1)): c for k, c in tensors.items()}

@@ -153,7 +153,7 @@ def lock(path, wait=True):
         yield True
 
 # %% ../nbs/store.ipynb #4b2ac443
-REVISION = 1    # of the code that makes what is kept: raise it when networks, grids, transforms or losses change numbers
+REVISION = 1    # of the code that makes what is kept: raise it when networks, grids or transforms change numbers
 
 def cached(kind, key, make, folder=None):
     """(tensors, meta) kept in the cache under `kind` and the hash of `key` (JSON-able) and `REVISION`.

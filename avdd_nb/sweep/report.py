@@ -182,5 +182,7 @@ def comparison_report(a, b, path=None):
     none = 'Nothing was measured under the same protocol on the same data.'
     items = [tests.round(3).astype(object).fillna('–')] if len(both) else [none]
     sections = [Section('Measured in both', items, f'a is {a}, b is {b}; differences b − a, paired over shared seeds.')]
-    if len(rest): sections.append(Section('Only in one', [rest[[*kept, 'where']].round(3).astype(object).fillna('–')], folded=True))
+    if len(rest):
+        alone = rest[[*kept, 'where']].round(3).astype(object).fillna('–')
+        sections.append(Section('Only in one', [alone], folded=True))
     return write_report(path or Path(b)/'comparison.html', f'{Path(a).name} beside {Path(b).name}', sections)

@@ -44,7 +44,8 @@ def _rows_of(folder, job):
         metric, value = _number(row)
         kept = {k: v for k, v in row.items() if k not in (*MEASURES, 'metric', 'seed', 'seconds')}
         seeds = dict(eval_seed=row.get('seed', 0), eval_seconds=row.get('seconds'))
-        yield dict(label=job.label, modality='', fusion='') | facts | kept | seeds | dict(metric=metric, value=value) | origin
+        named = dict(label=job.label, modality='', fusion='') | facts | kept
+        yield named | seeds | dict(metric=metric, value=value) | origin
 
 # %% ../../nbs/sweep/results.ipynb #66307acc
 def gather(folder, jobs=None):

@@ -103,9 +103,17 @@ def accuracy_frame(sources):
         if column not in tidy: raise UserError(f'evaluation rows have no {column!r}: found {sorted(tidy.columns)}')
     fusion = tidy['fusion'].fillna('') if 'fusion' in tidy else ''
     tidy['branch'] = (tidy['modality'].astype(str) + ' ' + fusion).str.strip()
+    if 'digest' in tidy: tidy['protocol'] = _told_apart(tidy)
     groups = tidy.groupby(['what', 'protocol', 'branch'], sort=False)['accuracy']
     found = groups.agg(['mean', 'std', 'count', list]).reset_index()
     return found.rename(columns=dict(count='n', list='values'))
+
+def _told_apart(tidy):
+    "Names of protocols; where several have one name (`paper*`), their network or their digest stands behind it."
+    count = lambda column: tidy.groupby('protocol')[column].transform('nunique')
+    many, last = count('digest'), tidy['digest'].astype(str)
+    if 'arch' in tidy: last = tidy['arch'].astype(str).where(count('arch') == many, last)
+    return tidy['protocol'].where(many == 1, tidy['protocol'] + ' ' + last)
 
 def _records(table):
     return table.to_dict('records') if hasattr(table, 'to_dict') else list(table)
