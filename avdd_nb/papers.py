@@ -68,7 +68,8 @@ def differs(row, theirs):
         found.append(f"{row['dataset']} instead of {theirs['dataset']}")
     for name, value in PROTOCOLS[theirs['paper']].items():
         mine = row.get(name)
-        if mine is None or mine != mine or mine == value or name == 'steps' and not mine or plain(theirs['ipc']) == 'full' and name != 'runs': continue
+        unlike = name == 'steps' and not mine or name != 'runs' and plain(theirs['ipc']) == 'full'
+        if mine is None or mine != mine or mine == value or unlike: continue
         found.append(f"{WORDS[name].format(int(mine))} instead of {value}")
     return '; '.join(found)
 

@@ -131,7 +131,7 @@ BIND = [
     Table('ImageBindDC', '1', 'All methods with ConvNets',
           same(*CORESETS, *MATCHING) | {'ImageBindDC': _bind(encoder='convnet')}, where=AV, dataset='AVE'),
     Table('ImageBindDC', '2', 'All methods with a joint encoder', same(*CORESETS, *MATCHING, 'ImageBindDC'),
-          vary=dict(protocol='frozen'), where=AV, dataset='AVE'),
+          vary=dict(judge='frozen'), where=AV, dataset='AVE'),
     Table('ImageBindDC', '3', 'Depth and text', same('Random', 'DM') | WORDS | same('ImageBindDC'),
           budgets=(1, 2, 5, 10), dataset='NYU-v2', builtin='soundshapes-depth'),
     Table('ImageBindDC', '4', 'Sound and text', same('DM') | WORDS | same('ImageBindDC'), budgets=(20,),
