@@ -151,11 +151,12 @@ Folder = Annotated[Path | None, Option('--out', help="folder of the sweep (else 
 Workers = Annotated[int | None, Option(help="jobs at a time (default: one a core or GPU)", min=1)]
 JobGB = Annotated[float | None, Option(help="GPU memory of a job: several share a GPU (default: one a GPU)", min=.1)]
 
-def _plan(grid, out, baselines):
+def _plan(grid, out, baselines, watch=False):
     "(jobs, folder) of a grid file, or of the folder of an earlier sweep."
     from avdd_nb.sweep.plan import make_jobs, read_plan
-    if grid.is_dir(): return read_plan(grid), grid
-    return make_jobs(grid, baselines), out or Path('runs')/grid.stem
+    named = grid.is_dir() or watch and not grid.is_file()
+    folder = grid if named else out or Path('runs')/grid.stem
+    return (read_plan(folder) if named or watch else make_jobs(grid, baselines)), folder
 
 def _asks_for_gpus(jobs): return any(str(j.parameters.get('device', '')).startswith('cuda') for j in jobs)
 
@@ -179,7 +180,7 @@ def sweep(grid: Annotated[Path, Argument(help="a grid (YAML), or the folder of a
     "Runs every job of a grid once: resumable, side by side, beside random pairs and the whole data."
     from avdd_nb.sweep.plan import forecast
     from avdd_nb.sweep.watch import TerminalView, snapshot, watch as look
-    jobs, folder = _plan(grid, out, baselines)
+    jobs, folder = _plan(grid, out, baselines, watch)
     if watch: return look(folder)
     print(f"{folder}: {forecast(jobs, folder, workers or 1)}")
     if dry_run: return _show_plan(jobs, folder)

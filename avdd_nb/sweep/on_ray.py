@@ -10,7 +10,7 @@ import os, tempfile, time, uuid
 from dataclasses import asdict
 from pathlib import Path
 from ..core import need
-from ..store import atomic_write
+from ..store import atomic_write, lock
 from .job import bare as run_bare
 from .job import by_notebook, mark_failed, run_job
 from .plan import Job, job_folder, save_plan
@@ -58,7 +58,8 @@ def sweep(jobs, folder, workers=None, root=None, bare=False, pictures=False, gpu
     options = dict(root=root, env=dict(OMP_NUM_THREADS=str(max(1, int(cpus)))), pictures=pictures)
     task = ray.remote(num_cpus=cpus, num_gpus=share if gpus else 0, max_retries=retries)(remote_job)
     begin = lambda job: task.remote(asdict(job), str(folder), token, bare, started, options)
-    return _collect(ray, begin, list({j.name: j for j in jobs}.values()), folder, workers, show)
+    with lock(folder/'.sweep.lock', wait=False):                        # who watches sees that it goes on
+        return _collect(ray, begin, list({j.name: j for j in jobs}.values()), folder, workers, show)
 
 def _join(address):
     "The ray module, connected; a cluster that is not there is a sentence."

@@ -10,6 +10,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 from ..core import need
+from ..store import lock
 from .job import bare as run_bare
 from .job import by_notebook, mark_failed, run_job
 from .plan import Job, done, job_folder, save_plan
@@ -43,7 +44,9 @@ def sweep(jobs, folder, workers=None, root=None, bare=False, pictures=False, gpu
     same = str(folder), bare, dict(root=root, pictures=pictures)
     args = [[asdict(j) for j in left], *([x]*len(left) for x in same)]
     tasks = executor.map_array(ArrayJob(), *args) if left else []
-    return _wait(folder, jobs, dict(zip([j.name for j in left], tasks)), show) if wait else {}
+    if not wait: return {}
+    with lock(folder/'.sweep.lock', wait=False):                        # who watches sees that it goes on
+        return _wait(folder, jobs, dict(zip([j.name for j in left], tasks)), show)
 
 # %% ../../nbs/sweep/on_slurm.ipynb #c6964efe
 def _wait(folder, jobs, tasks, show, every=1.):
