@@ -221,9 +221,10 @@ def _show_plan(jobs, folder):
     _table([dict(job=j.name, what=j.title, state=state(folder, j), expected=words(expected[j.name])) for j in jobs])
 
 def _stop_like_ctrl_c():
-    "A closed terminal or a polite kill stops as cleanly as Ctrl-C."
+    "A closed terminal or a polite kill stops as cleanly as Ctrl-C; under nohup, a closed terminal does nothing."
     import signal
-    for number in (signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN: signal.signal(number, signal.default_int_handler)
 
 # %% ../nbs/cli.ipynb #81ad7843
 @app.command()

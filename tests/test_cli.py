@@ -227,3 +227,26 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(tmp_path):
     steps = [json.loads(line)['step'] for line in events.read_text().splitlines()]
     assert steps == list(range(1, 61)) and done < 60
     assert (tmp_path/'r'/'result.safetensors').read_bytes() == (tmp_path/'whole'/'result.safetensors').read_bytes()
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    from avdd_nb import cli
+    before = {n: signal.getsignal(n) for n in (signal.SIGHUP, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        cli._stop_like_ctrl_c()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        for n, handler in before.items(): signal.signal(n, handler)
+
+
+def test_watching_a_folder_without_a_sweep(tmp_path):
+    from avdd_nb import cli
+    from avdd_nb.core import UserError
+    from avdd_nb.sweep.plan import make_jobs, save_plan
+    (tmp_path/'grid.yaml').write_text('method: random')
+    with pytest.raises(UserError, match='holds no sweep'): cli._plan(tmp_path/'nowhere', None, True, watch=True)
+    jobs = save_plan(make_jobs(dict(method='random'), baselines=False), tmp_path/'out')
+    for grid, out in ((tmp_path/'out', None), (tmp_path/'grid.yaml', tmp_path/'out')):
+        assert cli._plan(grid, out, True, watch=True) == (jobs, tmp_path/'out')
