@@ -264,3 +264,27 @@ def test_a_pt_file_that_runs_code_is_refused(tmp_path):
     (tmp_path/'y.pt').write_bytes(b'PK\x03\x04 not a zip')
     with pytest.raises(UserError, match='not a readable'): R.read_split(tmp_path/'y.pt', 'train', 'vggs10k')
     with pytest.raises(UserError, match='no file'): R.read_pt(tmp_path/'z.pt')
+
+
+@pytest.mark.parametrize('layout, starts', [('pth', True), ('class', False)])
+def test_a_released_set_as_a_run(tmp_path, layout, starts):
+    "`avdd adopt`, then what `avdd evaluate --baselines` does."
+    from avdd_nb.evaluate import make_protocol
+    from avdd_nb.hub import adopt_set
+    from avdd_nb.runs import evaluate_run, load_run
+    (tmp_path/'syn').mkdir()
+    audio, image = distilled_files(tmp_path/'syn', layout)
+    if not starts:
+        for p in (tmp_path/'syn').iterdir():
+            found = torch.load(p, weights_only=True)
+            for run in found.values(): del run['audio_syn'][0]
+            torch.save(found, p)
+    for split in ('train', 'test'): write_split(tmp_path/f'{split}_data/vgg_subset_{split}.pt', split, 40, 10)
+    out = adopt_set(tmp_path/'syn', tmp_path/'run', 'vggs10k', exp=1)
+    config, syn = load_run(out)
+    assert (config.dataset, config.method, config.ipc, config.steps, config.seed) == ('vggs10k', 'avdd', 2, 5000, 1)
+    assert torch.allclose(syn.tensors['image'], image, atol=1e-5)
+    rows = evaluate_run(out, make_protocol(width=4, epochs=1, epochs_whole=1), 1, tmp_path, baselines=True)
+    assert {r['method'] for r in rows} == {'avdd', 'random pairs', 'whole data'} | ({'undistilled start'} if starts else set())
+    with pytest.raises(UserError, match='already'): adopt_set(tmp_path/'syn', out, 'vggs10k', exp=1)
+    with pytest.raises(UserError, match='--dataset'): adopt_set(tmp_path/'syn', tmp_path/'other')
