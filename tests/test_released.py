@@ -285,6 +285,7 @@ def test_a_released_set_as_a_run(tmp_path, layout, starts):
     assert (config.dataset, config.method, config.ipc, config.steps, config.seed) == ('vggs10k', 'avdd', 2, 5000, 1)
     assert torch.allclose(syn.tensors['image'], image, atol=1e-5)
     rows = evaluate_run(out, make_protocol(width=4, epochs=1, epochs_whole=1), 1, tmp_path, baselines=True)
-    assert {r['method'] for r in rows} == {'avdd', 'random pairs', 'whole data'} | ({'undistilled start'} if starts else set())
+    start = {'undistilled start'} if starts else set()
+    assert {r['method'] for r in rows} == {'avdd', 'random pairs', 'whole data'} | start
     with pytest.raises(UserError, match='already'): adopt_set(tmp_path/'syn', out, 'vggs10k', exp=1)
     with pytest.raises(UserError, match='--dataset'): adopt_set(tmp_path/'syn', tmp_path/'other')
