@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SNAPSHOTS', 'JUDGES', 'RunConfig', 'make_config', 'versions', 'snapshot_steps', 'snapshot_path', 'run', 'load_run',
-           'as_it_stands', 'rivals', 'evaluate_run', 'run_confusions']
+           'as_it_stands', 'adopt', 'rivals', 'evaluate_run', 'run_confusions']
 
 # %% ../nbs/runs.ipynb #139d5349
 import contextlib, hashlib, itertools, json, platform, time
@@ -218,11 +218,26 @@ def as_it_stands(out):
         for name, x in syn.learnables().items(): x.copy_(tensors[f'learnt/{name}'])
     return syn, meta['step']
 
+# %% ../nbs/runs.ipynb #f31b86d2
+def adopt(config, syn, out, start=None):
+    """The folder `out` (new), after the set `syn`, made elsewhere as `config` says, was put there as a finished run.
+
+    start: the set that it began as, if known.
+    """
+    out = _open_folder(out, config, resume=True)
+    if (out/'done.json').exists(): raise UserError(f"{out} holds this set already: choose another folder.")
+    if start is not None: save_synset(start, out/'initial.safetensors')
+    save_synset(syn, out/'result.safetensors')
+    write_json(out/'done.json', dict(steps=config.steps, seconds=0., memory_mb=0.))
+    return out
+
 # %% ../nbs/runs.ipynb #de8d7af1
 def rivals(config, out, data):
     "name → what a result is measured against: its undistilled start, random pairs of the same budget, the whole data."
-    start, random = load_run(out, 'initial')[1], make_method('random').begin(data, config.ipc, config.seed)
-    return {'undistilled start': start, 'random pairs': random, 'whole data': data}
+    known = (Path(out)/'initial.safetensors').exists()      # a set that was adopted may come without its start
+    start = {'undistilled start': load_run(out, 'initial')[1]} if known else {}
+    random = make_method('random').begin(data, config.ipc, config.seed)
+    return start | {'random pairs': random, 'whole data': data}
 
 # %% ../nbs/runs.ipynb #d25b759a
 def _beside(out, what, protocol, ending):
