@@ -13,7 +13,7 @@ from avdd_nb.sweep.local import sweep
 from avdd_nb.sweep.plan import job_folder, make_jobs
 from avdd_nb.sweep.results import gather
 
-GRID = dict(dataset='soundshapes', method='dm', ipc=1, seed=[0, 1, 2, 3], steps=60, seeds=1,
+GRID = dict(dataset='soundshapes', method='dm', ipc=1, seed=[0, 1, 2, 3], steps=20, seeds=1,
             data_options=dict(n_train=100, n_test=40), method_options=dict(width=8, pool_size=2),
             protocol_options=dict(width=8, epochs=1))
 
