@@ -1,6 +1,7 @@
 """The panel in a real browser: a slider, Distil, Stop, reload, Resume, Evaluate; nothing leaves here."""
 import importlib.util
 import json
+import os
 import re
 import socket
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from test_browser import CHROMIUM, MISSING, _wait_for, browser, lab, open_notebook, playwright, write_notebook
+from test_browser_views import click_point
 
 __all__ = ['browser', 'lab', 'playwright']                                          # fixtures of that file, used here
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(400), pytest.mark.skipif(not CHROMIUM, reason=MISSING)]
@@ -21,10 +23,11 @@ def panel_notebook(path, line):
     write_notebook(path, [f'from avdd_nb.panel import panel\n{line}', "print('END' + '-MARK')"])
 
 
-def run_all(page):
+def run_all(page, seconds=120):
     page.get_by_role('menuitem', name='Run', exact=True).click()
     page.get_by_text('Run All Cells', exact=True).click()
-    page.wait_for_selector('.jp-OutputArea-output:has-text("END-MARK")', state='attached', timeout=120_000)
+    page.wait_for_selector('.jp-OutputArea-output:has-text("END-MARK")', state='attached',
+                           timeout=seconds*1000)
     errors = page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').all_inner_texts()
     assert not errors, errors
 
@@ -84,17 +87,73 @@ def test_panel_in_jupyterlab(browser, lab, tmp_path):
     wait_for_news(page, 'finished.*step 400 of 400')
     press(page, 'Evaluate')
     page.locator('.avdd-table th', has_text='dm').first.wait_for(state='attached', timeout=180_000)
-    page.locator('avdd-wall').wait_for(state='attached', timeout=60_000)
     page.wait_for_timeout(1500)
+    page.screenshot(path=tmp_path/'scores.png')
+    button(page, 'wall').click()
+    page.locator('avdd-wall').wait_for(state='attached', timeout=60_000)
     page.locator('avdd-wall').scroll_into_view_if_needed()
     page.screenshot(path=tmp_path/'finished.png')
+    heard = click_in_the_map(page)
+    page.screenshot(path=tmp_path/'map.png')
+    [run] = (folder/'runs').iterdir()
+    assert heard == sound_of(run, 5)
+    page.close()
+    assert browser.outside == []
+
+
+def click_in_the_map(page, number=105):
+    "Opens the map of the run and clicks a point: 100 real pairs, then the synthetic ones. Returns the sound it brings."
+    button(page, 'map').click()
+    plot = page.locator('.js-plotly-plot', has=page.locator('.gl-container')).last
+    plot.wait_for(timeout=90_000)
+    page.wait_for_timeout(1500)
+    click_point(page, plot, number)
+    page.wait_for_selector('.avdd-card audio', timeout=20_000)
+    return page.locator('.avdd-card audio').first.get_attribute('src')
+
+
+def sound_of(run, number):
+    "The data URI that belongs to the synthetic pair of this number."
+    import base64
+    from avdd_nb.data.audio import wav_bytes
+    from avdd_nb.views.live import render
+    from avdd_nb.views.map import run_map
+    cloud = run_map(run, embed='random', cards=0).cloud
+    part = render(cloud.pair(1, number)[0], cloud.whole.modalities, cloud.limits)['audio']
+    return 'data:audio/wav;base64,' + base64.b64encode(wav_bytes(part.wave, part.sr)).decode()
+
+
+ROOT = Path(__file__).resolve().parents[1]
+CHAPTERS = sorted(p.stem for p in (ROOT/'nbs'/'methods').glob('*.ipynb') if p.stem != 'base')
+SAMPLE = ['dm']                                                                     # CHAPTERS=all opens every one
+
+
+@pytest.mark.parametrize('name', CHAPTERS if os.environ.get('CHAPTERS') == 'all' else SAMPLE)
+def test_a_chapter_from_top_to_bottom(browser, lab, tmp_path, name):
+    "Opened as it stands, run all; then, in its panel: Distil, the curve moves, Stop, Resume."
+    book = json.loads((ROOT/'nbs'/'methods'/f'{name}.ipynb').read_text())
+    for cell in book['cells']: cell |= dict(outputs=[], execution_count=None) if cell['cell_type'] == 'code' else {}
+    book['cells'].append(dict(cell_type='code', id='end', metadata={}, source="print('END' + '-MARK')", outputs=[],
+                              execution_count=None))
+    (lab[0]/f'{name}.ipynb').write_text(json.dumps(book))
+    page = open_notebook(browser, lab, f'{name}.ipynb')
+    run_all(page, seconds=240)
+    button(page, 'Distil').scroll_into_view_if_needed()
+    page.screenshot(path=tmp_path/f'{name}.png')
+    press(page, 'Distil')
+    if name == 'selection': wait_for_news(page, 'finished')
+    else:
+        page.wait_for_function(f'({POINTS})() > 2', timeout=200_000)
+        press(page, 'Stop')
+        wait_for_news(page, 'stopped.*step|finished')
+    page.screenshot(path=tmp_path/f'{name}-distilled.png')
     page.close()
     assert browser.outside == []
 
 
 @pytest.fixture(scope='module')
 def classroom(tmp_path_factory):
-    "(folder, address) of a class served with Voilà: one chapter, a small quota, everything below a folder of its own."
+    "(folder, address) of a class served with Voilà: two chapters, a small quota, everything below a folder of its own."
     if not importlib.util.find_spec('voila'): pytest.skip("voila is missing: pip install 'avdd_nb[demo]'")
     from avdd_nb import classroom as room
     home = tmp_path_factory.mktemp('class')
@@ -102,8 +161,10 @@ def classroom(tmp_path_factory):
     (nbs/'methods').mkdir(parents=True)
     panel_notebook(nbs/'methods'/'dm.ipynb', f"panel('dm', {TINY})")
     nb = json.loads((nbs/'methods'/'dm.ipynb').read_text())
-    nb['cells'].insert(0, dict(cell_type='markdown', id='head', metadata={}, source='# DM: a chapter\n\n$x^2$'))
+    nb['cells'].insert(0, dict(cell_type='markdown', id='head', metadata={}, source='# DM: a chapter\n\n$x^2$, [the other one](avdd.ipynb), [not served](../index.ipynb)'))
     (nbs/'methods'/'dm.ipynb').write_text(json.dumps(nb))
+    nb['cells'][0]['source'] = '# AVDD: another'
+    (nbs/'methods'/'avdd.ipynb').write_text(json.dumps(nb))
     room.write_pages(nbs, home/'pages')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -134,5 +195,10 @@ def test_a_class_distils_in_voila(browser, classroom, tmp_path):
     wait_for_news(page, 'step')
     assert len(list((home/'runs').iterdir())) == 1                                  # the same settings, the same run
     page.screenshot(path=tmp_path/'attached.png')
+    assert page.get_by_role('link', name='not served').count() == 0
+    page.get_by_role('link', name='the other one').click()                          # from page to page
+    page.get_by_role('heading', name='AVDD: another').wait_for(timeout=60_000)
+    page.get_by_role('link', name='All chapters').click()
+    page.get_by_role('link', name='DM a chapter').wait_for(timeout=30_000)
     page.close()
     assert browser.outside == []
