@@ -1,4 +1,5 @@
 """The panel in a real browser: a slider, Distil, Stop, reload, Resume, Evaluate; nothing leaves here."""
+import base64
 import importlib.util
 import json
 import os
@@ -114,7 +115,6 @@ def click_in_the_map(page, number=105):
 
 def sound_of(run, number):
     "The data URI that belongs to the synthetic pair of this number."
-    import base64
     from avdd_nb.data.audio import wav_bytes
     from avdd_nb.views.live import render
     from avdd_nb.views.map import run_map
@@ -161,7 +161,8 @@ def classroom(tmp_path_factory):
     (nbs/'methods').mkdir(parents=True)
     panel_notebook(nbs/'methods'/'dm.ipynb', f"panel('dm', {TINY})")
     nb = json.loads((nbs/'methods'/'dm.ipynb').read_text())
-    nb['cells'].insert(0, dict(cell_type='markdown', id='head', metadata={}, source='# DM: a chapter\n\n$x^2$, [the other one](avdd.ipynb), [not served](../index.ipynb)'))
+    head = '# DM: a chapter\n\n$x^2$, [the other one](avdd.ipynb), [not served](../index.ipynb)'
+    nb['cells'].insert(0, dict(cell_type='markdown', id='head', metadata={}, source=head))
     (nbs/'methods'/'dm.ipynb').write_text(json.dumps(nb))
     nb['cells'][0]['source'] = '# AVDD: another'
     (nbs/'methods'/'avdd.ipynb').write_text(json.dumps(nb))

@@ -31,7 +31,8 @@ def two(tmp_path, splits):
     "Two finished runs of the same data."
     for method in ('random', 'herding'):
         options = {} if method == 'random' else dict(features='random')
-        for _ in run(make_config('soundshapes', method, data=SMALL, options=options), tmp_path/method, splits=splits): pass
+        config = make_config('soundshapes', method, data=SMALL, options=options)
+        for _ in run(config, tmp_path/method, splits=splits): pass
     return [tmp_path/'random', tmp_path/'herding']
 
 
