@@ -105,9 +105,9 @@ def test_panel_in_jupyterlab(browser, lab, tmp_path):
 def click_in_the_map(page, number=105):
     "Opens the map of the run and clicks a point: 100 real pairs, then the synthetic ones. Returns the sound it brings."
     button(page, 'map').click()
-    plot = page.locator('.js-plotly-plot', has=page.locator('.gl-container')).last
-    plot.wait_for(timeout=90_000)
-    page.wait_for_timeout(1500)
+    page.get_by_text('walk from pair to pair').wait_for(timeout=90_000)
+    plot = page.locator('.js-plotly-plot').last
+    page.wait_for_timeout(1000)
     click_point(page, plot, number)
     page.wait_for_selector('.avdd-card audio', timeout=20_000)
     return page.locator('.avdd-card audio').first.get_attribute('src')
