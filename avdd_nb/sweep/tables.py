@@ -108,9 +108,9 @@ AVDD += [
           vary=dict(judge='retrieval'), branch=(), metrics=FINDING),
     Table('AVDD', '7', 'Two more cross-modal terms', same(*SELECT) | {
         'Herding+Factor': dict(method='tiled'), 'Herding+Factor+Base': _dm(init='herding', factor=2),
-        'Herding+Factor+Base+SCMM': _avdd(lam_icm=0., lam_cgm=0., lam_scmm=10.),
-        'Herding+Factor+Base+RSCMM': _avdd(lam_icm=0., lam_cgm=0., lam_rscmm=10.),
-        'Herding+Factor+Base+SCMM+RSCMM': _avdd(lam_icm=0., lam_cgm=0., lam_scmm=10., lam_rscmm=10.)},
+        'Herding+Factor+Base+SCMM': _avdd(lam_icm=0., lam_cgm=0., lam_scmm=1.),
+        'Herding+Factor+Base+RSCMM': _avdd(lam_icm=0., lam_cgm=0., lam_rscmm=1.),
+        'Herding+Factor+Base+SCMM+RSCMM': _avdd(lam_icm=0., lam_cgm=0., lam_scmm=1., lam_rscmm=1.)},
         budgets=(10,), where=AV),
     Table('AVDD', '8', 'How many tiles', {f'AVDD (factor l={l})': _avdd(factor=l) for l in (1, 2, 3)}, budgets=(10,),
           where=AV),
