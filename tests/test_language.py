@@ -294,3 +294,19 @@ def test_lookup_ranks_both_ways():
     s = score(towers, splits.test)
     found = lookup(towers, splits.test, 4, captions=[3], items=[2])
     assert found['caption', 3][0][0] == int(s[:, 3].argmax()) and found['item', 2][0][0] == int(s[2].argmax())
+
+
+def test_own_networks_start_from_the_shapes(monkeypatch):
+    from avdd_nb.nets import towers
+    weights = towers.shapes_weights
+    monkeypatch.setattr(towers, 'shapes_weights', lambda m, arch, width: weights(m, arch, width, n=40))
+    kinds = dict(image=Modality('image', 'image', (3, 16, 16), scale=1/255, mean=(.4,)*3, std=(.25,)*3),
+                 text=Modality('text', 'embedding', (8,)))
+    plain, first, other = (build_towers(kinds, TowerSpec(width=4, pretrained=p), seed).towers
+                           for p, seed in ((False, 0), (True, 0), (True, 1)))
+    def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    assert same(first['image'], other['image']) and not same(first['image'], plain['image'])
+    assert same(first['text'], plain['text']) and not same(first['text'], other['text'])
+    wide = kinds | dict(image=Modality('image', 'image', (3, 16, 24)))
+    with pytest.raises(UserError, match='square'):
+        build_towers(wide, TowerSpec(width=4, pretrained=True))

@@ -119,7 +119,7 @@ class PairLearner(Learner, name='pair-learner'):
     arch: str = hp('ConvNet', help="image network: ConvNet, or timm's nfnet_l0, nf_resnet50, nf_regnet_b1")
     width: int = hp(16, 1, 4096, "channels of the ConvNet")
     head: str = hp('residual', choices=['residual', 'linear'], help="head on what comes as a vector")
-    pretrained: bool = hp(False, help="timm networks start from ImageNet weights")
+    pretrained: bool = hp(False, help="start from ImageNet weights (timm), or from shapes named on the spot")
     seed_experts: int = hp(0, 0, 10**6, "seed of the experts; runs that agree in it share them")
     tiny = dict(dataset='soundshapes-text', data=dict(n_train=60), ipc=6, options=dict(experts=2, expert_epochs=3))
 
