@@ -1,4 +1,4 @@
-"""Why distilling made MDM's pairs worse: one run from random towers, one from pretrained ones, on the validation split.
+"""Does MDM gain from distilling where towers are pretrained? Random against pretrained towers, on the validation split.
 
     nice -n 10 env OMP_NUM_THREADS=1 python benchmarks/mdm_anchor.py        # about two CPU minutes
 
