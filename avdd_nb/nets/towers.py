@@ -54,7 +54,7 @@ class Timm(nn.Module):
 
 # %% ../../nbs/nets/towers.ipynb #3b61ec3b
 def shapes_weights(modality, arch='ConvNet', width=32, n=3000, seed=1000):
-    "Weights of a library network that was trained to name the shapes of `n` scenes of a world of its own; kept on disk."
+    "Weights of a library network trained to name the shapes of `n` scenes of a world of its own; kept on disk."
     from avdd_nb.data import soundshapes
     from avdd_nb.data.paired import PairedData
     from avdd_nb.train import Recipe, trained_on
