@@ -24,9 +24,10 @@ EPOCHS, WIDTH = 30, 16
 METHODS = {'Random': ('random', 0), 'Herding': ('herding', 0), 'K-center': ('kcenter', 0), 'MTT-VL': ('mtt-vl', 40),
            'TESLA_WBCE': ('tesla-wbce', 40), 'LoRS': ('lors', 40), 'MDM': ('mdm', 150)}
 EXPERTS = dict(experts=3, expert_epochs=6, expert_lr=.5)
-WALKS = dict(EXPERTS, lr=10., lr_text=10.)
-SWIFT = dict(EXPERTS, lr=100., lr_text=100.)
-OPTIONS = {'mdm': dict(EXPERTS, lr=20.), 'lors': dict(WALKS, lr_similarity=1.), 'tesla-wbce': WALKS, 'mtt-vl': SWIFT}
+WALKS = dict(EXPERTS, lr_text=10.)
+OPTIONS = {'mdm': dict(EXPERTS, lr=2.), 'lors': dict(WALKS, lr=100., lr_similarity=1.), 'tesla-wbce': dict(WALKS, lr=1.),
+           'mtt-vl': dict(EXPERTS, lr=1000., lr_text=100.)}   # lr: the best on the validation split of LRS, N = 100
+LRS = {'MTT-VL': (10., 100., 1000.), 'TESLA_WBCE': (1., 10., 100.), 'LoRS': (1., 10., 100.), 'MDM': (2., 20., 200.)}
 ABLATIONS = {
     'data init': {i: dict(init=i) for i in ('noise', 'random', 'image-kmeans', 'text-kmeans', 'joint-kmeans')},
     'model init': {m: dict(merge=m) for m in ('anchor', 'expert', 'weighted', 'interpolation')},
@@ -66,18 +67,17 @@ def _cell(table, row, dataset, method, n, seed, steps, archs=('ConvNet',), **opt
 
 def cells(seeds=3):
     "All cells, seed by seed, the main table first."
-    out = []
+    out = [_cell('step size (validation)', f"{row}, lr {lr:g}", 'soundshapes-text', METHODS[row][0], 100, 10,
+                 METHODS[row][1], lr=lr) for row, lrs in LRS.items() for lr in lrs]
     for seed in range(seeds):
         for n in (100, 200):
             for row, (method, steps) in METHODS.items():
-                if row == 'TESLA_WBCE' and n == 200:
-                    continue
                 other = n == 100 and row in ('Random', 'LoRS', 'MDM')
                 archs = ('ConvNet', 'LeNet', 'AlexNet') if other else ('ConvNet',)
                 out.append(_cell('retrieval', row, 'soundshapes-text', method, n, seed, steps, archs))
         if seed == 0:
             out.append(Cell('retrieval', 'Full', 'soundshapes-text', '', 0, 0))
-        for table, rows in ABLATIONS.items() if seed < 1 else ():
+        for table, rows in ABLATIONS.items():
             out += [_cell(table, row, 'soundshapes-text', 'mdm', 100, seed, 150, **more) for row, more in rows.items()]
         for row, (method, steps) in {'Random': ('random', 0), 'Herding': ('herding', 0), 'DM': ('dm', 40)}.items():
             more = dict(width=16, pool_size=5, real_batch=64) if method == 'dm' else {}
@@ -102,11 +102,12 @@ def scores(train, cell, splits):
     if splits.train.n_classes:
         protocol = make_protocol('paper', width=WIDTH, batch=32)
         return evaluate(train, splits.test, protocol, [cell.seed], workers=1)
+    test = splits.val if 'validation' in cell.table else splits.test
     head = dict(head='linear') if cell.dataset == 'soundshapes-audiotext' else {}
     rows = []
     for arch in cell.archs:
         protocol = pair_protocol('thorough', width=WIDTH, epochs=EPOCHS, arch=arch, **head)
-        rows += evaluate_pairs(train, splits.test, protocol, [cell.seed], workers=1)
+        rows += evaluate_pairs(train, test, protocol, [cell.seed], workers=1)
     return rows
 
 
@@ -210,7 +211,7 @@ def main():
     frame = pd.read_csv(args.results, keep_default_na=False, na_values=[''])
     frame['metric'] = frame.metric.fillna(frame.modality + ' ' + frame.fusion.fillna(''))
     for name in frame.table.unique():
-        print(f"\n{name}\n\n{table(frame, name).to_markdown(index=False) if hasattr(frame, 'to_markdown') else ''}")
+        print(f"\n{name}\n\n{table(frame, name).to_string(index=False)}")
 
 
 if __name__ == '__main__':
