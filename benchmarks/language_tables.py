@@ -25,8 +25,9 @@ METHODS = {'Random': ('random', 0), 'Herding': ('herding', 0), 'K-center': ('kce
            'TESLA_WBCE': ('tesla-wbce', 40), 'LoRS': ('lors', 40), 'MDM': ('mdm', 150)}
 EXPERTS = dict(experts=3, expert_epochs=6, expert_lr=.5)
 WALKS = dict(EXPERTS, lr_text=10.)
-OPTIONS = {'mdm': dict(EXPERTS, lr=2.), 'lors': dict(WALKS, lr=100., lr_similarity=1.), 'tesla-wbce': dict(WALKS, lr=1.),
-           'mtt-vl': dict(EXPERTS, lr=1000., lr_text=100.)}   # lr: the best on the validation split of LRS, N = 100
+OPTIONS = {   # lr: the best of LRS on the validation split, N = 100
+    'mdm': dict(EXPERTS, lr=2.), 'lors': dict(WALKS, lr=100., lr_similarity=1.), 'tesla-wbce': dict(WALKS, lr=1.),
+    'mtt-vl': dict(EXPERTS, lr=1000., lr_text=100.)}
 LRS = {'MTT-VL': (10., 100., 1000.), 'TESLA_WBCE': (1., 10., 100.), 'LoRS': (1., 10., 100.), 'MDM': (2., 20., 200.)}
 ABLATIONS = {
     'data init': {i: dict(init=i) for i in ('noise', 'random', 'image-kmeans', 'text-kmeans', 'joint-kmeans')},
