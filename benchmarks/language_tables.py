@@ -21,7 +21,8 @@ SIZES = {'soundshapes-text': dict(n_train=700, captions=3, n_val=200, n_test=500
          'soundshapes-audiotext': dict(n_train=500, captions=5, n_val=100, n_test=500),
          'soundshapes-depth': dict(n_train=700, n_test=500, image_size=24)}
 EPOCHS, WIDTH = 30, 16
-METHODS = {'Random': ('random', 0), 'Herding': ('herding', 0), 'K-center': ('kcenter', 0), 'MTT-VL': ('mtt-vl', 40),
+METHODS = {'Random': ('random', 0), 'Herding': ('herding', 0), 'K-center': ('kcenter', 0),
+           'Forgetting': ('forgetting', 0), 'MTT-VL': ('mtt-vl', 40),
            'TESLA_WBCE': ('tesla-wbce', 40), 'LoRS': ('lors', 40), 'MDM': ('mdm', 150)}
 EXPERTS = dict(experts=3, expert_epochs=6, expert_lr=.5)
 WALKS = dict(EXPERTS, lr_text=10.)
@@ -60,7 +61,7 @@ class Cell:
 
 def _cell(table, row, dataset, method, n, seed, steps, archs=('ConvNet',), **options):
     # a coreset is the random method with another rule
-    rule = dict(init=method) if method in ('random', 'herding', 'kcenter') else {}
+    rule = dict(init=method) if method in ('random', 'herding', 'kcenter', 'forgetting') else {}
     options = {**OPTIONS.get(method, {}), **rule, **options}
     name = 'random' if rule else method
     return Cell(table, row, dataset, name, n, seed, steps, tuple(sorted(options.items())), archs)
