@@ -80,7 +80,7 @@ def forgetting_counts(data, seed=0, epochs=10):
 
 def gradient_scores(data, seed=0, networks=10, batch=512):
     "(N, 1): mean norm of each pair's gradient at the classifiers of `networks` networks after one epoch."
-    if not data.n_classes: raise UserError(f"GraNd watches a classifier, but {data.name!r} has no classes: take another.")
+    if not data.n_classes: raise UserError(f"GraNd watches a classifier, but {data.name!r} has no classes.")
     recipe, total = Recipe(epochs=1, width=32, lr_image=1e-3, schedule='constant', strategy=''), 0.
     for i in range(networks):
         model = new_model(data.modalities, data.n_classes, recipe, seed_of('grand', seed, i)).to(data.device)
