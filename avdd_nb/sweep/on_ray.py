@@ -6,7 +6,7 @@
 __all__ = ['pack', 'unpack', 'remote_job', 'sweep']
 
 # %% ../../nbs/sweep/on_ray.ipynb #a0d3340e
-import os, tempfile, time, uuid
+import os, socket, tempfile, time, uuid
 from dataclasses import asdict
 from pathlib import Path
 from ..core import need
@@ -61,13 +61,21 @@ def sweep(jobs, folder, workers=None, root=None, bare=False, pictures=False, gpu
     with lock(folder/'.sweep.lock', wait=False):                        # who watches sees that it goes on
         return _collect(ray, begin, list({j.name: j for j in jobs}.values()), folder, workers, show)
 
+def _listening(address):
+    "A `ConnectionError` at once where nothing listens at host:port, for which Ray would wait minutes."
+    host, _, port = address.rpartition(':')
+    if '/' not in address and port.isdigit(): socket.create_connection((host, int(port)), timeout=10).close()
+
 def _join(address):
     "The ray module, connected; a cluster that is not there is a sentence."
     os.environ.setdefault('RAY_AUTH_MODE', 'disabled')
     ray = need('ray', 'ray')
     from avdd_nb.core import UserError
-    try: ray.is_initialized() or ray.init(address=address, log_to_driver=False)
-    except (ConnectionError, ValueError, RuntimeError) as e:
+    if ray.is_initialized(): return ray
+    try:
+        _listening(address)
+        ray.init(address=address, log_to_driver=False)
+    except (OSError, ValueError, RuntimeError) as e:
         raise UserError(f"There is no Ray cluster at {address} ({str(e).splitlines()[0]}): "
                         "start one with `ray start --head`.") from e
     return ray
