@@ -107,8 +107,10 @@ def test_umap_keeps_clusters_and_repeats_itself():
     pytest.importorskip('umap')
     g = np.random.default_rng(0)
     x = np.concatenate([g.normal(c, .3, (40, 6)) for c in (-4, 0, 4)])
+    threads = torch.get_num_threads()
     a, b = maps.project(x, 'umap', seed=3), maps.project(x, 'umap', seed=3)
     assert (a == b).all() and a.shape == (120, 2)
+    assert torch.get_num_threads() == threads           # else whatever is distilled afterwards has other last digits
     groups = a.reshape(3, 40, 2)
     inside = np.linalg.norm(groups - groups.mean(1, keepdims=True), axis=2).max()
     apart = min(np.linalg.norm(groups[i].mean(0) - groups[j].mean(0)) for i, j in ((0, 1), (0, 2), (1, 2)))

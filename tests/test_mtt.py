@@ -20,7 +20,7 @@ from avdd_nb.match.experts import Experts
 from avdd_nb.match.gradients import as_parameters, kept
 from avdd_nb.methods.base import make_method
 from avdd_nb.methods.mtt import MTT, differing, walk
-from avdd_nb.runs import RunConfig, load_run
+from avdd_nb.runs import RunConfig, load_run, run
 
 C, KINDS = 3, dict(audio=Modality('audio', 'spectrogram', (1, 32, 16)), image=Modality('image', 'image', (3, 16, 16)))
 SMALL = dict(width=4, experts=2, inner=3, batch=4, lr=10., step_size=.05, differ='', lr_expert=.05, batch_expert=8)
@@ -205,17 +205,17 @@ for p in run(RunConfig(**json.loads(sys.argv[1])), sys.argv[2], checkpoint_every
 
 
 @pytest.mark.parametrize('name', ['mtt', pytest.param('tesla', marks=pytest.mark.slow)])
-def test_killed_it_resumes_to_the_same_bytes(tmp_path, name):
+def test_killed_it_resumes_to_the_same_bytes(tmp_path, name, monkeypatch):
     config = dataclasses.replace(CONFIG, method=name)
+    command = [sys.executable, '-c', CHILD, json.dumps(dataclasses.asdict(config)), str(tmp_path/'r')]
     env = dict(os.environ, OMP_NUM_THREADS='1', AVDD_CACHE=str(tmp_path/'cache'))     # its experts are killed with it
-    command = lambda folder: [sys.executable, '-c', CHILD, json.dumps(dataclasses.asdict(config)), str(tmp_path/folder)]
-    piped = dict(stdout=subprocess.PIPE, text=True, env=env)
-    p = subprocess.Popen(command('r'), **piped)
+    p = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     while p.stdout.readline().strip() != '3': assert p.poll() is None
     p.send_signal(signal.SIGKILL)
     p.wait()
-    finish = lambda folder: subprocess.run(command(folder), check=True, **piped).stdout
-    steps, _ = ([int(line) for line in finish(folder).split()] for folder in ('r', 'whole'))
+    list(run(config, tmp_path/'whole'))
+    monkeypatch.setenv('AVDD_CACHE', str(tmp_path/'cache'))
+    steps = [q.step for q in run(config, tmp_path/'r')]
     assert steps and steps[0] > 1 and steps[-1] == 6
     assert (tmp_path/'r'/'result.safetensors').read_bytes() == (tmp_path/'whole'/'result.safetensors').read_bytes()
     assert set(load_run(tmp_path/'r')[1].extras) == {'step_size.audio', 'step_size.image'}

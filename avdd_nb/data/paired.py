@@ -6,10 +6,10 @@
 __all__ = ['Modality', 'PairedData', 'Splits']
 
 # %% ../../nbs/data/paired.ipynb #098199e5
-import contextlib, dataclasses, hashlib, json
+import dataclasses, hashlib, json
 from dataclasses import dataclass, field
 import torch
-from ..core import UserError, choose, patch, rng
+from ..core import UserError, choose, patch, rng, torch_threads
 
 # %% ../../nbs/data/paired.ipynb #a05c7b51
 @dataclass(frozen=True)
@@ -50,19 +50,11 @@ class Modality:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in d.items()})
 
 # %% ../../nbs/data/paired.ipynb #2db374c6
-@contextlib.contextmanager
-def _one_thread():
-    "Inside, sums are taken in one order: several threads change their last digits, hence the hash of the data."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try: yield
-    finally: torch.set_num_threads(threads)
-
 @patch
 def fit(self: Modality, x):
-    "The same modality with mean and std measured per channel on `x` (N, *shape)."
+    "The same modality with mean and std measured per channel on `x` (N, *shape); in one thread, as the hash sees them."
     dims = [d for d in range(x.dim()) if d != 1]
-    with _one_thread():
+    with torch_threads(1):
         x = x.double()*self.scale
         mean, std = x.mean(dims), x.std(dims).clamp_min(1e-6)
     return dataclasses.replace(self, mean=tuple(mean.tolist()), std=tuple(std.tolist()))

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..core import UserError, choose, patch, rng
+from ..core import UserError, choose, patch, rng, torch_threads
 from ..match.start import FEATURES
 from ..store import cached
 from .live import LOOK, RUNTIME, card_html, element, limits_of, render
@@ -46,7 +46,7 @@ def project(features, method='pca', seed=0):
     place, x = choose(method, PROJECTIONS, 'projection'), np.asarray(features, np.float32)
     if len(x) < 4: raise UserError(f'a map needs at least 4 points, found {len(x)}')
     if not np.isfinite(x).all(): raise UserError('the features hold NaN or infinity: there is no place for them')
-    xy = np.asarray(place(x, seed), np.float32)
+    with torch_threads(): xy = np.asarray(place(x, seed), np.float32)      # UMAP sets those of the whole process
     return np.pad(xy, ((0, 0), (0, 2 - xy.shape[1])))
 
 # %% ../../nbs/views/map.ipynb #c34cc728
