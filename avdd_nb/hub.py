@@ -215,7 +215,7 @@ def _released(source, dataset, exp, iteration, factor):
     try: start = read_distilled(source, dataset, exp, 0, factor)
     except UserError: start = None
     lam = 20. if syn.ipc >= 20 else 10.
-    options = dict(draws='reference', per_class_steps=True, factor=factor, lam_icm=lam, lam_cgm=lam)
+    options = dict(preset='reference', factor=factor, lam_icm=lam, lam_cgm=lam)
     return make_config(dataset, 'avdd', int(syn.ipc), iteration, exp, options=options), syn, start
 
 def adopt_set(source, out, dataset=None, exp=0, iteration=5000, factor=2):

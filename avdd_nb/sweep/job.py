@@ -31,8 +31,7 @@ def _judge_of(splits, protocol, judge):
     from avdd_nb.evaluate import evaluate
     from avdd_nb.runs import JUDGES
     if not splits.train.n_classes: return evaluate_pairs, protocol_like(protocol), dict(val=splits.val)
-    more = dict(whole=splits.train) if getattr(JUDGES[judge], 'on_training_data', False) else {}
-    return evaluate if judge == 'accuracy' else JUDGES[judge], protocol, more
+    return evaluate if judge == 'accuracy' else JUDGES[judge], protocol, {}
 
 # %% ../../nbs/sweep/job.ipynb #aec65ae1
 @functools.cache
