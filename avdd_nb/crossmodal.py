@@ -14,8 +14,8 @@ from .core import UserError, choose, configure, hp
 from .data.captions import as_captioned
 from .data.paired import PairedData
 from .evaluate import PROTOCOLS, side_by_side
-from .match.contrast import low_rank, wbce
-from .nets.towers import PairRecipe, build_towers, contrast, fit_pairs
+from .match.contrast import contrast, low_rank, wbce
+from .nets.towers import PairRecipe, build_towers, fit_pairs
 
 # %% ../nbs/crossmodal.ipynb #616f09e5
 AT = (1, 5, 10)

@@ -14,10 +14,10 @@ from torch import nn
 from .core import UserError, rng, seeded
 from .data.paired import PairedData
 from .match import augment
-from .match.contrast import retrieval
+from .match.contrast import contrast, retrieval
 from .match.losses import class_mean
 from .nets.convnet import build
-from .nets.encoders import JointEncoder, contrast, joint_encoder
+from .nets.encoders import JointEncoder, joint_encoder
 
 # %% ../nbs/pairing.ipynb #38e065d6
 def pairs_of(source):

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from ..core import hp, rng
-from ..match.contrast import TAU, infonce, low_rank, start_low_rank, wbce
+from ..match.contrast import TAU, contrast, infonce, low_rank, start_low_rank, wbce
 from ..match.pairexperts import tesla, unrolled
 from .base import METHODS
 from .mdm import PairLearner
-from ..nets.towers import contrast
 
 # %% ../../nbs/methods/lors.ipynb #1669f2ae
 @dataclass

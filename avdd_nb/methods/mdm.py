@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from ..core import UserError, hp, patch, rng
 from ..data.captions import as_captioned
 from ..match import coreset
-from ..match.contrast import TAU
+from ..match.contrast import TAU, contrast
 from ..match.kernels import DISTANCES, ESTIMATORS, agreement, discrepancy, energy
 from ..match.merge import MERGES, merged
 from ..match.pairexperts import EXPERT, PairExperts
 from .base import METHODS, Learner
-from ..nets.towers import contrast, run_with
+from ..nets.towers import run_with
 from ..store import cached
 from ..synset import SyntheticSet
 
