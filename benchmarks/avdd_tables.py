@@ -181,6 +181,14 @@ def rows_of(rows, table, dataset, ipc, fusion='mean', scale='small'):
     return found
 
 
+def curve(rows, table, dataset, ipc, label):
+    "A frame over the number that ends a row's name, of the rows called `label`…: mean, std, count of AV accuracies."
+    import pandas as pd
+    found = {float(name.split()[-1]): [r['accuracy'] for r in mine if r['modality'] == 'AV']
+             for name, mine in rows_of(rows, table, dataset, ipc).items() if name.startswith(label)}
+    return pd.DataFrame({at: pd.Series(found[at]).agg(['mean', 'std', 'count']) for at in sorted(found)}).T
+
+
 def show(rows, scale='small'):
     "Every table that has rows, as Markdown: accuracy of AV (mean of softmaxes), of each branch, seconds a run."
     from statistics import mean, stdev

@@ -109,11 +109,11 @@ def cell(dataset, label, ipc, seed, splits, args):
     before = psutil.Process().memory_info().rss / 2**20
     began = time.process_time()
     list(run(make_config(dataset, method, ipc, args.steps, seed, DATA[dataset], options), out, splits=splits))
-    began = time.process_time() - began
+    spent = time.process_time() - began
     done = read_json(out / 'done.json')
     syn = load_run(out)[1]
     rows = [dict(measure='cost', what='distilling', metric='seconds', seed=0, value=done['seconds']),
-            dict(measure='cost', what='distilling', metric='CPU seconds', seed=0, value=began),
+            dict(measure='cost', what='distilling', metric='CPU seconds', seed=0, value=spent),
             dict(measure='cost', what='distilling', metric='MB above start', seed=0,
                  value=max(0., done['memory_mb'] - before))]
     rows += accuracy_rows(syn, splits.test, args, seed)
