@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import UserError, need
 from .data.catalog import SOURCES
 from .evaluate import summarise
-from .runs import adopt, load_run, make_config
+from .runs import adopt, load_run, make_config, row_files
 from .store import atomic_write, manifest_path, read_json, write_json
 from .synset import load_synset
 from .views.grid import wall
@@ -65,7 +65,7 @@ pairs, labels = load_synset("synthetic.safetensors").decode()
 def _figures(run):
     "The evaluations of a run as markdown: each protocol by itself, with all its fields."
     parts = []
-    for path in sorted(run.glob('evaluation-*.json')):
+    for path in row_files(run):
         rows = read_json(path)
         table = summarise(rows).round(2)
         facts = {k: rows[0][k] for k in ('protocol', 'digest', 'arch', 'width', 'epochs', 'n_train') if k in rows[0]}
@@ -99,7 +99,7 @@ def export(run, out):
     out.mkdir(parents=True, exist_ok=True)
     for source, name in [(run/'result.safetensors', 'synthetic.safetensors'), (run/'config.json', 'config.json'),
                          (manifest_path(run/'result.safetensors'), 'synthetic.safetensors.json'),
-                         *((p, p.name) for p in run.glob('evaluation-*.json'))]:
+                         *((p, p.name) for p in row_files(run))]:
         atomic_write(out/name, source.read_bytes())
     atomic_write(out/'pairs.png', wall(syn, per_class=2).png)
     atomic_write(out/'README.md', card(run))

@@ -294,11 +294,10 @@ def write_report(out, tell, root=None):
     "Writes the report of the finished run in `out`, with all evaluations that lie there."
     from avdd_nb.data.catalog import load
     from avdd_nb.report import run_report
-    from avdd_nb.runs import load_run
+    from avdd_nb.runs import kept_rows, load_run
     tell(phase='running')
     config, _ = load_run(out)
-    rows = [row for path in sorted(Path(out).glob('evaluation-*.json')) for row in read_json(path)]
-    run_report(out, rows, load(config.dataset, root, **config.data).train)
+    run_report(out, kept_rows(out), load(config.dataset, root, **config.data).train)
 
 _BEGAN = time.monotonic()
 def _age(): return time.monotonic() - _BEGAN

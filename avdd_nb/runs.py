@@ -244,13 +244,20 @@ def _beside(out, what, protocol, ending):
     "The file of an evaluation under `protocol` in the run's folder; a changed protocol is called by its digest."
     return Path(out)/f"{what}-{protocol.name.replace('*', f'-{protocol.digest}')}.{ending}"
 
-def _formerly(out, what, protocol, ending):
-    "The one file that all changed protocols once shared."
-    return Path(out)/f"{what}-{protocol.name.replace('*', '-changed')}.{ending}"
+def _kind(judge): return 'evaluation' if judge == 'accuracy' else judge
 
-def _keep_rows(out, what, protocol, rows):
-    "Writes the rows; a file of the old name with rows of the same protocol makes room for them."
-    path, old = _beside(out, what, protocol, 'json'), _formerly(out, what, protocol, 'json')
+def row_files(out, judge='accuracy'):
+    "The files of rows that evaluations by this judge (one of `JUDGES`) have left in a run's folder, one a protocol."
+    return sorted(Path(out).glob(f'{_kind(judge)}-*.json'))
+
+def kept_rows(out, judge='accuracy'):
+    "All rows of these files."
+    return [row for path in row_files(out, judge) for row in read_json(path)]
+
+def _keep_rows(out, judge, protocol, rows):
+    "Writes the rows; those of the same protocol make room, if they lie in the file that changed ones once shared."
+    path = _beside(out, _kind(judge), protocol, 'json')
+    old = Path(out)/f"{_kind(judge)}-{protocol.name.replace('*', '-changed')}.json"
     write_json(path, rows)
     mine = {r['digest'] for r in rows}
     if old != path and old.exists() and {r['digest'] for r in read_json(old)} <= mine: old.unlink()
@@ -258,6 +265,13 @@ def _keep_rows(out, what, protocol, rows):
 def _keep_confusions(out, protocol, seeds, counts):
     meta = dict(digest=protocol.digest, seeds=seeds)
     save_tensors(_beside(out, 'confusions', protocol, 'safetensors'), {'/'.join(k): c for k, c in counts.items()}, meta)
+
+def kept_confusions(out, digest, seeds=1):
+    "(modality, fusion) → counts (seeds, C, C) that an evaluation under this digest kept, of at least so many; or None."
+    for path in sorted(Path(out).glob('confusions-*.safetensors')):
+        tensors, meta = load_tensors(path)
+        if meta['digest'] == digest and meta['seeds'] >= seeds:
+            return {tuple(k.split('/', 1)): c for k, c in tensors.items()}
 
 # %% ../nbs/runs.ipynb #34a3631a
 JUDGES = dict(accuracy=confusions, cross=cross_architecture, retrieval=retrieve, frozen=frozen_heads)   # as `evaluate`
@@ -308,7 +322,7 @@ def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=Fals
                                 keep if train is syn else None)
         if counts and train is syn: _keep_confusions(out, protocol, len(seeds), counts)
         rows += [dict(method=name, ipc=config.ipc if train is not splits.train else 0) | row for row in found]
-    _keep_rows(out, 'evaluation' if judge == 'accuracy' else judge, protocol, rows)
+    _keep_rows(out, judge, protocol, rows)
     return rows
 
 # %% ../nbs/runs.ipynb #ae85d4e8
@@ -317,12 +331,7 @@ def run_confusions(out, protocol, seeds=3, root=None, device='cpu', progress=Non
 
     Row = true class, column = what was said. Taken from the last evaluation with at least so many seeds, else made.
     """
-    for name in (_beside, _formerly):
-        path = name(out, 'confusions', protocol, 'safetensors')
-        if not path.exists(): continue
-        tensors, meta = load_tensors(path)
-        if meta['digest'] == protocol.digest and meta['seeds'] >= seeds:
-            return {tuple(k.split('/', 1)): c for k, c in tensors.items()}
+    if kept := kept_confusions(out, protocol.digest, seeds): return kept
     config, syn = load_run(out)
     splits = splits or load(config.dataset, root, **config.data)
     counts, _ = confusions(syn.to(device), splits.test, protocol, seeds, progress=progress)

@@ -66,7 +66,8 @@ def _pack(tensors, meta):
 def _unpack(data, path):
     try:
         header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
-        return _load(data), json.loads(header['__metadata__']['meta'])
+        tensors = _load(data)                                   # in any order: safetensors does not keep it
+        return {k: tensors[k] for k in sorted(tensors)}, json.loads(header['__metadata__']['meta'])
     except (SafetensorError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is not a tensor file of this library ({e}): delete it and make it anew.") from e
 

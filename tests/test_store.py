@@ -137,6 +137,12 @@ def test_tensors_round_trip(tmp_path, kinds, meta):
             assert back[k].dtype == x.dtype and back[k].shape == x.shape and torch.equal(back[k], x)
 
 
+def test_names_come_back_in_one_order(tmp_path):
+    names = [f'{i:02}' for i in range(20)]
+    path = store.save_tensors(tmp_path/'x.safetensors', {n: torch.zeros(1) for n in reversed(names)})
+    assert list(store.load_tensors(path)[0]) == names
+
+
 def test_strided_and_learning_tensors_are_saved(tmp_path):
     x = torch.arange(12.).view(3, 4)
     made = dict(t=x.t(), part=x[:, 1], shared=x, leaf=torch.ones(2, requires_grad=True), wide=torch.ones(1).expand(5))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['scores', 'retrieval_scores', 'recall_matrix', 'class_recall', 'confusion_picture', 'gains_picture',
-           'retrieval_examples', 'kept_rows', 'run_scores']
+           'retrieval_examples', 'run_scores']
 
 # %% ../../nbs/views/scores.ipynb #eaeaed52
 from pathlib import Path
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from ..core import UserError, choose
-from ..store import load_tensors, read_json
+from ..runs import kept_rows, load_run
+from ..store import load_tensors
 from .curves import accuracy_frame, accuracy_plot, dots_picture
 from .grid import compose, paint, still
 from .live import RENDERERS, card_html, cards_html, limits_of, render
@@ -184,11 +185,6 @@ def _still_examples(data, ranked, queries, asked, found, top):
     return still(mosaic, centres, [_named(data, int(q)) for q in queries], 64, 4)
 
 # %% ../../nbs/views/scores.ipynb #76f8aa7f
-def kept_rows(run, judge='accuracy'):
-    "The rows that evaluations by this judge (see `runs.JUDGES`) have left in a run's folder."
-    kind = 'evaluation' if judge == 'accuracy' else judge
-    return [row for path in sorted(Path(run).glob(f'{kind}-*.json')) for row in read_json(path)]
-
 def run_scores(run, root=None):
     "Title → `Picture` of everything that was measured of the run in this folder; root: the data root, for examples."
     found, rows = {}, kept_rows(run)
@@ -201,7 +197,6 @@ def run_scores(run, root=None):
 
 # %% ../../nbs/views/scores.ipynb #ae2a4006
 def _confused(run):
-    from avdd_nb.runs import load_run
     found = {}
     for path in sorted(Path(run).glob('confusions-*.safetensors')):
         counts, kept = load_tensors(path)[0], ('AV/mean', 'AV/joint')
@@ -213,7 +208,6 @@ def _confused(run):
 def _examples(run, root, queries=4):
     "What the first network found for some of the questions, in both directions."
     from avdd_nb.data.catalog import load
-    from avdd_nb.runs import load_run
     found = {}
     for path in sorted(Path(run).glob('found-*.safetensors')):
         kept, config = load_tensors(path)[0], load_run(run)[0]
