@@ -13,9 +13,7 @@ from ..core import UserError, choose, hp
 from ..match import coreset
 from ..match.cfd import cfd, characteristic, frequencies
 from ..match.losses import mean_matching
-from ..match.pool import RandomNets
-from .base import Matching
-from ..nets.pretrained import NETWORKS
+from .base import Matching, space
 
 # %% ../../nbs/methods/imagebinddc.ipynb #4a1cdf65
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ DISCREPANCIES = dict(cfd=by_frequencies, mmd=by_means)
 class ImageBindDC(Matching):
     "Uni-, cross- and joint-modal alignment in an encoder's space. Source: ImageBindDC (AAAI 2026); weights: its code."
     init: str = hp('herding', choices=list(coreset.SELECTORS), help="which real pairs to start from")
-    encoder: str = hp('joint', choices=['convnet', *NETWORKS], help="whose space; 'convnet': a random one at each draw")
+    encoder: str = space('joint')
     mode: str = hp('paper', choices=list(FORMS), help="cross and joint term as written, or as in the code")
     lam_uni: float = hp(1., 0, 1000, "weight of the uni-modal term")
     lam_cross: float = hp(10., 0, 1000, "weight of the cross-modal term")
@@ -97,13 +95,14 @@ class ImageBindDC(Matching):
     n_freq: int = hp(4096, 1, 65_536, "frequencies F")
     redraw: bool = hp(True, help="new frequencies for each draw; false: the same ones always")
 
-    def networks(self):
-        "The random ConvNets, or the encoder's sides."
-        return RandomNets(self.width) if self.encoder == 'convnet' else NETWORKS[self.encoder](self.mode == 'code')
+    @property
+    def scaled(self):
+        "Whether rows stay at the encoder's own scale: in the code they do."
+        return self.mode == 'code'
 
     def lift(self):
         "Cosines and sines, means and products."
-        return Spectrum(self.n_freq, self.redraw, self.mode == 'code')
+        return Spectrum(self.n_freq, self.redraw, self.scaled)
 
     def loss(self, real, syn):
         "The three terms, weighted, per class (C,); a term of weight 0 is left out."

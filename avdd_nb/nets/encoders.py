@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRUNKS', 'NETWORKS', 'Encoder', 'Side', 'Tokens', 'trunk', 'JointEncoder', 'JointRecipe', 'train_joint',
-           'joint_encoder', 'EncoderNets', 'JointNets', 'encoded']
+           'joint_encoder', 'EncoderNets', 'JointNets', 'UntrainedNets', 'encoded']
 
 # %% ../../nbs/nets/encoders.ipynb #24eb618c
 from dataclasses import asdict, dataclass
@@ -12,7 +12,7 @@ import hashlib, json
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import UserError, choose, hp, rng, seeded
+from ..core import UserError, choose, hp, rng, seed_of, seeded
 from ..match import augment
 from ..match.contrast import contrast
 from .convnet import build
@@ -174,11 +174,33 @@ class JointNets:
         "The recipe; the data's hash is in the pool's own key."
         return dict(joint=asdict(self.recipe), scaled=self.scaled)
 
+    @property
+    def width(self):
+        "Channels of its ConvNets."
+        return self.recipe.width
+
     def draw(self, data, *stream):
         "The same networks at every draw, modality → module."
         return joint_encoder(data, **asdict(self.recipe)).nets(*data.modalities, scaled=self.scaled)
 
-NETWORKS = {'joint': JointNets}      # name → source of networks, called with `scaled`
+@dataclass(frozen=True)
+class UntrainedNets:
+    "The sides of a `JointEncoder` that has learnt nothing, another one at each draw."
+    scaled: bool = False
+    width: int = 16
+    dim: int = 64
+
+    @property
+    def key(self):
+        "Its sizes; seeds are in the pool's own key."
+        return dict(untrained=asdict(self))
+
+    def draw(self, data, *stream):
+        "The sides for the seed stream named by `stream`, modality → module."
+        with seeded('untrained', seed_of(*stream)): encoder = JointEncoder(data.modalities, self.width, self.dim)
+        return encoder.to(data.device).frozen().nets(scaled=self.scaled)
+
+NETWORKS = dict(joint=JointNets, untrained=UntrainedNets)       # name → source of networks, called with `scaled`
 
 # %% ../../nbs/nets/encoders.ipynb #aad35304
 @torch.no_grad()
