@@ -154,7 +154,8 @@ BIND = [
         where=dict(modality='AV'), dataset='AVE'),
     Table('ImageBindDC', 'Figure 4b', 'Which terms', {
         'ImageBindDC: uni-modal only': _bind(lam_cross=0., lam_joint=0.),
-        'ImageBindDC: uni + cross + joint': _bind()}, budgets=(10,), vary=HEADS, where=dict(modality='AV'), dataset='AVE')]
+        'ImageBindDC: uni + cross + joint': _bind()}, budgets=(10,), vary=HEADS,
+        where=dict(modality='AV'), dataset='AVE')]
 
 # %% ../../nbs/sweep/tables.ipynb #f71f094d
 TEXT = dict(budgets=(100,), branch=(), dataset='Flickr8k', builtin='soundshapes-text', small=PAIRS)
