@@ -19,7 +19,7 @@ test pictures: export OMP_NUM_THREADS = 1
 test: export MPLBACKEND = Agg
 test: export SLOW := $(SLOW)
 
-.PHONY: help demo lab class test export readme pictures bench tables constraints clean
+.PHONY: help demo lab class test export readme pictures screenshots bench tables constraints clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-13s%s\n", $$1, $$2 }' Makefile
@@ -48,6 +48,9 @@ readme: $(VENV)/.installed-dev  ## README.md from nbs/index.ipynb
 pictures: $(VENV)/.installed-dev  ## run the notebooks and keep small pictures in them (NB=… for some only)
 	$(BIN)/python -m avdd_nb.dev pictures $(NB)
 	$(BIN)/nbdev_clean
+
+screenshots: $(VENV)/.installed-dev  ## the panel's pictures on the start page, from a run in JupyterLab (needs chromium)
+	$(BIN)/python tests/screenshots.py
 
 bench: $(VENV)/.installed  ## seconds a step: the published loop and ours
 	$(BIN)/python benchmarks/distill_step.py

@@ -92,7 +92,7 @@ def _head(self: Panel, method, dataset, settings):
     grid = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 15em), 1fr))',
                     grid_gap='2px 12px', width='auto', overflow='visible')
     self.head = W.Box([self.dataset, self.method, self.ipc, self.steps, self.seed, self.device], layout=grid)
-    self.presets = W.ToggleButtons(options=['quick'], layout=W.Layout(width='auto'), style=dict(button_width='7em'))
+    self.presets = W.ToggleButtons(options=['quick'], layout=W.Layout(width='auto'), style=dict(button_width='auto'))
     self._given = settings['steps']
     self.presets.observe(lambda c: None if self._quiet else self._preset(), 'value')
 

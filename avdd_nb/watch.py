@@ -41,13 +41,13 @@ def in_words(at):
 # %% ../nbs/watch.ipynb #58eedeb8
 class Curves(W.Box):
     "The loss and its terms of a run, live: `draw(events)` with all events so far."
-    def __init__(self, width=520):
+    def __init__(self, width=440):
         super().__init__([], layout=W.Layout(width=f'{width}px', max_width='100%', overflow='hidden'))
         self.width, self.names = width, None
 
     def draw(self, events, anew=False):
         "Shows these events (dicts of an events file); `anew` makes a figure that a reloaded page shows whole."
-        from avdd_nb.views.curves import loss_series
+        from avdd_nb.views.curves import loss_series, ticks_of
         series = loss_series(events) if events else {}
         if anew or list(series) != self.names: self._new(events, series)
         if not series: return
@@ -56,6 +56,8 @@ class Curves(W.Box):
             for line, (x, y) in zip(figure.data, series.values()):
                 every = max(1, len(x)//400)
                 line.x, line.y, line.mode = *(v[::-every][::-1] for v in (x, y)), 'lines' if len(x) > 1 else 'markers'
+            axis = figure.layout.yaxis
+            axis.tickmode = ticks_of(series) if axis.type == 'log' else 'auto'
 
     def _new(self, events, series):
         import plotly.graph_objects as go

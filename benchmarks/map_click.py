@@ -57,28 +57,19 @@ def browser_clicks(points, n=12):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
     import test_browser as tb
     from test_browser_views import click_point, run_all
-
-    class Folders:
-        def mktemp(self, name): return Path(tempfile.mkdtemp(prefix=name))
-
-    unwrap = lambda fixture: getattr(fixture, '_fixture_function', None) or fixture.__wrapped__
-    with tb.api.sync_playwright() as pw:
-        browsers, labs = unwrap(tb.browser)(pw, Folders()), unwrap(tb.lab)(Folders())
-        browser, lab = next(browsers), next(labs)
-        try:
-            tb.write_notebook(lab[0]/'map.ipynb', [CELL.format(points=points), "print('END' + '-MARK')"])
-            page = tb.open_notebook(browser, lab, 'map.ipynb')
-            run_all(page)
-            plot = page.locator('.js-plotly-plot').first
-            plot.wait_for(timeout=60_000)
-            page.wait_for_timeout(3000)
-            page.evaluate(WATCH)
-            for k in range(n):
-                click_point(page, plot, points - 40 + 3*k)
-                page.wait_for_function('k => window.took.length > k', arg=k, timeout=20_000)
-            return [t/1000 for t in page.evaluate('window.took')]
-        finally:
-            for fixture in (labs, browsers): next(fixture, None)
+    with (tempfile.TemporaryDirectory() as folder, tb.api.sync_playwright() as pw,
+          tb.opened_browser(pw, f'{folder}/profile') as browser, tb.served_lab(f'{folder}/lab') as lab):
+        tb.write_notebook(lab[0]/'map.ipynb', [CELL.format(points=points), "print('END' + '-MARK')"])
+        page = tb.open_notebook(browser, lab, 'map.ipynb')
+        run_all(page)
+        plot = page.locator('.js-plotly-plot').first
+        plot.wait_for(timeout=60_000)
+        page.wait_for_timeout(3000)
+        page.evaluate(WATCH)
+        for k in range(n):
+            click_point(page, plot, points - 40 + 3*k)
+            page.wait_for_function('k => window.took.length > k', arg=k, timeout=20_000)
+        return [t/1000 for t in page.evaluate('window.took')]
 
 
 if __name__ == '__main__':

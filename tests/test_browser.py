@@ -1,4 +1,5 @@
 """Pictures and reports in a real browser: they draw, they speak, they fit the screen, and nothing leaves here."""
+import contextlib
 import json
 import os
 import shutil
@@ -41,12 +42,11 @@ def playwright():
     with api.sync_playwright() as pw: yield pw
 
 
-@pytest.fixture(scope='module')
-def browser(playwright, tmp_path_factory):
-    "A fresh profile that refuses, and remembers, every request to anywhere but this machine."
-    folder = str(tmp_path_factory.mktemp('profile'))
-    context = playwright.chromium.launch_persistent_context(folder, executable_path=CHROMIUM, headless=True, args=FLAGS,
-                                                            viewport=dict(width=1280, height=1600))
+@contextlib.contextmanager
+def opened_browser(pw, folder, **options):
+    "A fresh profile in `folder` that refuses, and remembers in `.outside`, every request to elsewhere."
+    context = pw.chromium.launch_persistent_context(str(folder), executable_path=CHROMIUM, headless=True, args=FLAGS,
+                                                    **dict(dict(viewport=dict(width=1280, height=1600)), **options))
     context.outside = []
 
     def gate(route):
@@ -56,23 +56,31 @@ def browser(playwright, tmp_path_factory):
         route.abort()
 
     context.route('**/*', gate)
-    yield context
-    context.close()
+    try: yield context
+    finally: context.close()
 
 
 @pytest.fixture(scope='module')
-def lab(tmp_path_factory):
-    "(folder, address, token) of a JupyterLab on this machine, with a home of its own."
-    folder, token = tmp_path_factory.mktemp('lab'), 'only-for-this-test'
+def browser(playwright, tmp_path_factory):
+    with opened_browser(playwright, tmp_path_factory.mktemp('profile')) as context: yield context
+
+
+@contextlib.contextmanager
+def served_lab(folder, dark=False):
+    "(folder, address, token) of a JupyterLab on this machine that serves `folder`, with a home of its own in it."
+    folder, token = Path(folder), 'only-for-this-test'
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     env = dict(os.environ, HOME=str(folder/'home'), OMP_NUM_THREADS='1', IPYTHONDIR=str(folder/'home'/'ipython'),
                PYTHONPATH=str(Path(__file__).resolve().parents[1]))
-    settings = folder/'home'/'.jupyter'/'labconfig'
-    settings.mkdir(parents=True)
+    settings, themes = folder/'home'/'.jupyter'/'labconfig', folder/'home'/'.jupyter'/'lab'/'user-settings'
+    themes /= '@jupyterlab/apputils-extension'
+    for made in (settings, themes): made.mkdir(parents=True)
     news = {'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}
     (settings/'page_config.json').write_text(json.dumps(news))
+    look = json.dumps(dict(theme=f'JupyterLab {"Dark" if dark else "Light"}'))
+    (themes/'themes.jupyterlab-settings').write_text(look)
     command = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}',
                f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={folder}', '--LabApp.news_url=None',
                '--LabApp.extension_manager=readonly', '--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate']
@@ -84,6 +92,11 @@ def lab(tmp_path_factory):
     finally:
         server.terminate()
         server.wait(20)
+
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    with served_lab(tmp_path_factory.mktemp('lab')) as served: yield served
 
 
 def _wait_for(url, log, seconds=90):

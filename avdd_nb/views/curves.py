@@ -62,17 +62,25 @@ def compare_losses(sources, log=True):
 # %% ../../nbs/views/curves.ipynb #3ecf1ff9
 DASHES = dict(solid='-', dash='--', dot=':', dashdot='-.')
 
+def ticks_of(series):
+    "Plotly's `tickmode` of a logarithmic axis: 'linear' (1, 2 and 5 of each decade) where these are neither few nor many."
+    seen = [v for _, y in series.values() for v in y if v > 0]
+    return 'linear' if seen and .5 < math.log10(max(seen)/min(seen)) < 3 else 'auto'
+
 def _live_lines(series, x_title, y_title, log):
     import plotly.graph_objects as go
     fig = go.Figure([go.Scatter(x=x, y=y, name=label(name, 40), mode='lines' if len(x) > 1 else 'markers',
                                 line=dict(width=2.5, dash=list(DASHES)[k % 4], color=PALETTE[k % len(PALETTE)]))
                      for k, (name, (x, y)) in enumerate(series.items())])
-    switch = [dict(label=kind, method='relayout', args=[{'yaxis.type': kind}]) for kind in ('log', 'linear')]
+    ticks = dict(log=ticks_of(series), linear='auto')
+    switch = [dict(label=kind, method='relayout', args=[{'yaxis.type': kind, 'yaxis.tickmode': ticks[kind]}])
+              for kind in ticks]
     fig.update_layout(updatemenus=[dict(type='buttons', direction='right', buttons=switch, active=int(not log), x=0,
                                         xanchor='left', y=-.14, yanchor='top', showactive=True, bgcolor='#c9d0d5',
                                         bordercolor=INK, font=dict(size=12, color='#222'))])
     fig.update_xaxes(title_text=x_title)
-    fig.update_yaxes(title_text=y_title, type='log' if log else 'linear', tickformat='~g')
+    fig.update_yaxes(title_text=y_title, type='log' if log else 'linear', tickformat='~g', dtick='D2',
+                     tickmode=ticks['log' if log else 'linear'])
     return plotly_style(fig, showlegend=True, hovermode='x unified', margin=dict(l=60, r=20, t=50, b=70))
 
 # %% ../../nbs/views/curves.ipynb #8c40fa42
@@ -85,8 +93,17 @@ def _still_lines(series, x_title, y_title, log):
     if log and any(v > 0 for _, y in series.values() for v in y): ax.set_yscale('log')
     ax.grid(color='gray', alpha=.25)
     ax.minorticks_off()
+    if ax.get_yscale() == 'log': _name_ticks(ax.yaxis, ticks_of(series))
     for text in ax.legend(frameon=False, labelcolor=INK, fontsize=10).get_texts(): text.set_parse_math(False)
     return png_of(fig)
+
+def _name_ticks(axis, mode):
+    "Ticks of a logarithmic axis in plain numbers: as `ticks_of` says; even steps where these would be fewer than two."
+    from matplotlib.ticker import LogLocator, MaxNLocator
+    if mode == 'linear': axis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    low, high = axis.get_view_interval()
+    if sum(low <= t <= high for t in axis.get_majorticklocs()) < 2: axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_formatter('{x:g}')
 
 # %% ../../nbs/views/curves.ipynb #737877fe
 def accuracy_frame(sources):
