@@ -50,13 +50,15 @@ def _map(runs, root):
 def _ear(runs, root):
     "One stored pair at a time, chosen from a list."
     from avdd_nb.runs import load_run
-    from avdd_nb.views.ear import run_ear
+    from avdd_nb.views.ear import recorded, run_ear
     syn = load_run(runs[0])[1]
     each = max(1, int(syn.ipc))
     name = lambda k: f'{syn.classes[k//each]}, no. {k % each + 1}' if syn.classes else f'no. {k + 1}'
     names = [(name(k), k) for k in range(len(syn))]
-    choice, stage = W.Dropdown(options=names, description='pair'), W.VBox([picture_widget(run_ear(runs[0]))])
-    choice.observe(lambda c: setattr(stage, 'children', [picture_widget(run_ear(runs[0], c.new))]), 'value')
+    real = recorded(runs[0], root)
+    show = lambda k: [picture_widget(run_ear(runs[0], k, *real))]
+    choice, stage = W.Dropdown(options=names, description='pair'), W.VBox(show(0))
+    choice.observe(lambda c: setattr(stage, 'children', show(c.new)), 'value')
     return W.VBox([choice, stage])
 
 def _scores(runs, root):

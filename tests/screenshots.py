@@ -21,7 +21,7 @@ def keep(page, selector, path):
     "A picture of the first element that `selector` finds, in few colours."
     page.wait_for_timeout(1500)
     page.mouse.move(0, 0)
-    path.write_bytes(small_png(page.locator(selector).first.screenshot(), 150_000))
+    path.write_bytes(small_png(page.locator(selector).first.screenshot(), 250_000))
     print(f'{path.stat().st_size/1000:6.0f} kB  {path}')
 
 

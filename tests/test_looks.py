@@ -1,4 +1,5 @@
 """The views of runs by button: what is kept is what is shown; runs measured differently are not put side by side."""
+import base64
 import json
 import os
 
@@ -7,15 +8,18 @@ import pytest
 import torch
 
 from avdd_nb.data import soundshapes
+from avdd_nb.data.audio import log_mel, wav_bytes
 from avdd_nb.data.catalog import load
 from avdd_nb.evaluate import make_protocol
 from avdd_nb.looks import ONE, SEVERAL, Looks
-from avdd_nb.runs import evaluate_run, make_config, run
+from avdd_nb.runs import evaluate_run, load_run, make_config, run
 from avdd_nb.store import load_tensors
 from avdd_nb.synset import from_real
 from avdd_nb.views import map as maps
 from avdd_nb.views.compare import compare_runs, measured_alike, name_runs
+from avdd_nb.views.ear import nearest, recorded, run_ear
 from avdd_nb.views.scores import retrieval_scores, run_scores
+from avdd_nb.views.sound import spec_of
 from avdd_nb.watch import results_html
 
 SMALL = dict(n_train=120, n_test=60)
@@ -142,3 +146,19 @@ def test_soundshapes_has_what_the_ear_needs(two):
     assert len(choice.options) == 10 and choice.options[0][0].startswith(soundshapes.load(**SMALL).train.classes[0])
     choice.value = 9
     assert 'audio' in str(looks.stage.children[0].children[1].children[0].children[0].outputs)
+
+
+def test_the_ear_plays_the_recording_that_a_tile_came_from(two, splits):
+    "A mosaic's tiles (first those of all mosaics at one place) find the pairs they were made of; the page has their bytes."
+    picked = torch.stack([i[:4] for i in splits.train.class_indices])
+    tensors, labels = from_real(splits.train, picked, factor=2).decode()
+    assert nearest(splits.train, tensors, labels, 'audio') == picked.T.flatten().tolist()
+    data, record = recorded(two[0])
+    row = nearest(data, *load_run(two[0], 'initial')[1].decode(slice(3, 4)), 'audio')[0]
+    spec = spec_of(data.modalities['audio'])
+    [wave] = soundshapes.waveforms([data.ids[row]], spec.sr)
+    assert (log_mel(wave, spec).half() == data.tensors['audio'][row]).all()
+    html = run_ear(two[0], 3, data, record).html
+    assert base64.b64encode(wav_bytes(wave, spec.sr)).decode() in html
+    assert [w in html for w in ('"original"', '"round trip"', '"start"', '"now"')] == [True]*4
+    assert run_ear(two[0], 3).html.count('<audio') == 2

@@ -15,8 +15,11 @@ from avdd_nb.core import UserError
 av = pytest.importorskip("av", reason="PyAV is not installed: pip install 'avdd_nb[video]'")
 
 from avdd_nb.data import videos  # noqa: E402
+from avdd_nb.data.audio import log_mel  # noqa: E402
+from avdd_nb.data.catalog import recordings  # noqa: E402
 from avdd_nb.data.media import write_video  # noqa: E402
 from avdd_nb.store import read_json, write_json  # noqa: E402
+from avdd_nb.views.sound import spec_of  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,14 @@ def test_pairs_hold_what_the_films_show(folder):
     assert data.train.modalities == data.test.modalities
     batch = data.train.batch()
     for x in batch.values(): assert abs(x.mean()) < .01 and abs(x.std() - 1) < .05
+
+
+def test_the_recorded_sounds_are_those_behind_the_spectrograms(folder):
+    data = load(folder, windows="all").train
+    spec = spec_of(data.modalities["audio"])
+    waves = recordings("videos", data.ids, spec, folder=str(folder), windows="all", workers=2, image_size=32)
+    assert (log_mel(waves, spec).half() == data.tensors["audio"]).all()
+    with pytest.raises(UserError, match="no longer"): recordings("videos", ["a/none.mp4@0s"], spec, folder=str(folder))
 
 
 def test_split_is_by_video_stratified_and_by_seed(folder):

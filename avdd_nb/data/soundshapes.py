@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CLASSES', 'SHAPES', 'VOICES', 'SHAPE_OF', 'VOICE_OF', 'KNOBS', 'SHAPE_HUE', 'TIES', 'THINGS', 'VERBS', 'HUES',
            'DEGREES', 'TEMPLATES', 'LENGTH', 'Scenes', 'knobs', 'draw', 'render_image', 'render_depth', 'silhouette',
-           'render_sound', 'caption', 'vocabulary', 'tokens', 'load', 'scenes', 'waveforms']
+           'render_sound', 'caption', 'vocabulary', 'tokens', 'load', 'scenes', 'waveforms', 'sounds']
 
 # %% ../../nbs/data/soundshapes.ipynb #7831c0d3
 import json, math, re, zlib
@@ -614,3 +614,7 @@ def scenes(ids):
 def waveforms(ids, sr=11000, seconds=1.):
     "The original sounds (n, seconds·sr) of the items with these `ids`, made again from their recipe."
     return render_sound(scenes(ids), sr, seconds)
+
+def sounds(ids, spec, root=None, **options):
+    "The same at the rate and length of `spec`, as `catalog.recordings` asks for them."
+    return waveforms(ids, spec.sr, spec.seconds)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENDINGS', 'STATUSES', 'SILENCE', 'Options', 'Clip', 'scan', 'decode_clips', 'judge', 'Report', 'report',
-           'split_videos', 'load', 'check']
+           'split_videos', 'load', 'sounds', 'check']
 
 # %% ../../nbs/data/videos.ipynb #83ecae25
 import hashlib
@@ -326,6 +326,19 @@ def load(root=None, seed=0, folder=None, seconds=1., windows='centre', image_siz
     info = dict(source=f"your videos in {_printable(str(folder))}", licence="as you hold it", note=report.summary(),
                 options=asdict(o) | dict(test_fraction=fraction), report=report.to_json())
     return Splits(train, test, info=info)
+
+def sounds(ids, spec, root=None, seed=0, folder=None, test_fraction=.25, **options):
+    "The waves (n, samples) behind these ids of `load`, out of the cache that loading has filled."
+    o, clips = _options(options), {}
+    for clip in scan(Path(folder).expanduser() if folder else data_root(root)/'videos', o.links):
+        clips.setdefault(_printable(clip.name), clip.path)
+    waves = []
+    for name, _, start in (i.rpartition('@') for i in ids):
+        kept = _remembered(clips[name], o) if name in clips else None
+        if kept is None: raise UserError(f"{name}: its sound is no longer in the cache; load the videos again.")
+        at = [f'{s:g}s' for s in kept.arrays['start'].tolist()].index(start)
+        waves.append(kept.arrays['sound'][at])
+    return torch.stack(waves)
 
 # %% ../../nbs/data/videos.ipynb #baa5db45
 def check(root=None):

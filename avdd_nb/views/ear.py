@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EAR_PARTS', 'EAR_MOVES', 'EAR_TABS', 'EAR_EVENTS', 'EAR_LOOK', 'sounds_ear', 'ear', 'pairs_ear', 'tiles_ear',
-           'run_ear']
+           'nearest', 'run_ear', 'recorded']
 
 # %% ../../nbs/views/ear.ipynb #8d5b26ea
 import numpy as np
@@ -178,17 +178,20 @@ def _sound_name(modalities):
     if name is None: raise UserError(f'none of the modalities {sorted(modalities)} is a spectrogram to listen to')
     return name
 
-def pairs_ear(tensors, modalities, names, limits=None):
-    "A `Picture` of pairs `tensors` (modality → normalised (N, *shape)) called `names`, each heard with its picture."
+def pairs_ear(tensors, modalities, names, limits=None, waves=None):
+    """A `Picture` of pairs `tensors` (modality → normalised (N, *shape)) called `names`, each heard with its picture.
+
+    waves: number of a pair → its recorded wave, to be heard instead of its log-mel's inversion."""
     sound = _sound_name(modalities)
     kind, spec = modalities[sound], spec_of(modalities[sound])
     mel = kind.denormalise(tensors[sound].detach().cpu().float())
-    waves, other = to_wave(mel, spec), {m: s for m, s in modalities.items() if m != sound}
+    made, other = list(to_wave(mel, spec)), {m: s for m, s in modalities.items() if m != sound}
+    for i, wave in (waves or {}).items(): made[i] = wave
     stills = []
     for i in range(len(mel)):
         parts = render({m: tensors[m][i] for m in other}, other, limits).values() if other else ()
         stills.append(next((p.png for p in parts if p.png), b''))
-    return sounds_ear([(n, m[0], w) for n, m, w in zip(names, mel, waves)], spec, (limits or {}).get(sound), stills,
+    return sounds_ear([(n, m[0], w) for n, m, w in zip(names, mel, made)], spec, (limits or {}).get(sound), stills,
                       f'{len(mel)} pairs to hear: {", ".join(map(str, names))}')
 
 def tiles_ear(syn, pair=0):
@@ -199,13 +202,42 @@ def tiles_ear(syn, pair=0):
     words = [f'tile {k + 1}' if len(hard) > 1 else syn.classes[int(c)] for k, c in enumerate(hard)]
     return pairs_ear(tensors, syn.modalities, words, limits_of(syn))
 
-def run_ear(run, pair=0):
-    "A `Picture` to hear what a run made of its stored pair number `pair`: every tile at the start, and in the end."
+def nearest(data, tensors, labels, sound):
+    "Numbers (N,) of the items of `data`, of the same class where there are any, whose `sound` is nearest to each pair."
+    found = []
+    for x, c in zip(tensors[sound].detach().cpu(), labels.argmax(1) if labels.dim() == 2 else labels):
+        rows = data.class_indices[int(c)] if data.classes else torch.arange(len(data))
+        found.append(int(rows[(data.batch(rows)[sound].cpu() - x).flatten(1).norm(dim=1).argmin()]))
+    return found
+
+def run_ear(run, pair=0, data=None, record=None):
+    """A `Picture` to hear what a run made of its stored pair number `pair`: every tile at the start, and in the end.
+
+    data: the real pairs; with them, each tile's source (the nearest of its class at the start) is heard before it: by
+    its log-mel, and, where there is `record` (ids → waves), as recorded. See `recorded`.
+    """
     from avdd_nb.runs import load_run
     start, syn = load_run(run, 'initial')[1], load_run(run)[1]
     if not 0 <= pair < len(syn): raise UserError(f'there is no pair {pair}: the set has 0 to {len(syn) - 1}')
-    was, now = (s.decode(slice(pair, pair + 1))[0] for s in (start, syn))
-    tensors = {m: torch.stack([was[m].detach(), now[m].detach()], 1).flatten(0, 1) for m in now}
+    (was, labels), (now, _) = (s.decode(slice(pair, pair + 1)) for s in (start, syn))
+    states, waves = dict(start=was, now=now), None
+    if data:
+        rows = nearest(data, was, labels, _sound_name(syn.modalities))
+        real = data.batch(torch.tensor(rows, device=data.device))
+        waves = record and record([data.ids[i] for i in rows])
+        states = (dict(original=real) if record else {}) | {'round trip': real} | states
+    tensors = {m: torch.stack([s[m].detach() for s in states.values()], 1).flatten(0, 1) for m in now}
     tiles = len(next(iter(now.values())))
-    words = [(f'tile {k + 1}, ' if tiles > 1 else '') + when for k in range(tiles) for when in ('start', 'now')]
-    return pairs_ear(tensors, syn.modalities, words, limits_of(start))
+    words = [(f'tile {k + 1}, ' if tiles > 1 else '') + when for k in range(tiles) for when in states]
+    return pairs_ear(tensors, syn.modalities, words, limits_of(start),
+                     None if waves is None else {k*len(states): w for k, w in enumerate(waves)})
+
+def recorded(run, root=None):
+    "What `run_ear` needs to play recordings: the run's real pairs and a function ids → waves; (None, None) without."
+    from avdd_nb.data import catalog
+    from avdd_nb.runs import load_run
+    config = load_run(run)[0]
+    if not catalog.SOURCES[config.dataset].sounds: return None, None
+    data = catalog.load(config.dataset, root, **config.data).train
+    spec = spec_of(data.modalities[_sound_name(data.modalities)])
+    return data, lambda ids: catalog.recordings(config.dataset, ids, spec, root, **config.data)
