@@ -149,7 +149,7 @@ def test_soundshapes_has_what_the_ear_needs(two):
 
 
 def test_the_ear_plays_the_recording_that_a_tile_came_from(two, splits):
-    "A mosaic's tiles (first those of all mosaics at one place) find the pairs they were made of; the page has their bytes."
+    "Tiles (those at one place of all mosaics together) find the pairs they were made of; the page has their bytes."
     picked = torch.stack([i[:4] for i in splits.train.class_indices])
     tensors, labels = from_real(splits.train, picked, factor=2).decode()
     assert nearest(splits.train, tensors, labels, 'audio') == picked.T.flatten().tolist()
