@@ -63,7 +63,7 @@ def compare_losses(sources, log=True):
 DASHES = dict(solid='-', dash='--', dot=':', dashdot='-.')
 
 def ticks_of(series):
-    "Plotly's `tickmode` of a logarithmic axis: 'linear' (1, 2 and 5 of each decade) where these are neither few nor many."
+    "The `tickmode` of a logarithmic axis: 'linear' (1, 2, 5 of each decade) where these are neither few nor many."
     seen = [v for _, y in series.values() for v in y if v > 0]
     return 'linear' if seen and .5 < math.log10(max(seen)/min(seen)) < 3 else 'auto'
 

@@ -202,6 +202,7 @@ def tiles_ear(syn, pair=0):
     words = [f'tile {k + 1}' if len(hard) > 1 else syn.classes[int(c)] for k, c in enumerate(hard)]
     return pairs_ear(tensors, syn.modalities, words, limits_of(syn))
 
+# %% ../../nbs/views/ear.ipynb #ear0rec2
 def nearest(data, tensors, labels, sound):
     "Numbers (N,) of the items of `data`, of the same class where there are any, whose `sound` is nearest to each pair."
     found = []
@@ -210,6 +211,7 @@ def nearest(data, tensors, labels, sound):
         found.append(int(rows[(data.batch(rows)[sound].cpu() - x).flatten(1).norm(dim=1).argmin()]))
     return found
 
+# %% ../../nbs/views/ear.ipynb #ear0rec3
 def run_ear(run, pair=0, data=None, record=None):
     """A `Picture` to hear what a run made of its stored pair number `pair`: every tile at the start, and in the end.
 
@@ -232,6 +234,7 @@ def run_ear(run, pair=0, data=None, record=None):
     return pairs_ear(tensors, syn.modalities, words, limits_of(start),
                      None if waves is None else {k*len(states): w for k, w in enumerate(waves)})
 
+# %% ../../nbs/views/ear.ipynb #ear0rec4
 def recorded(run, root=None):
     "What `run_ear` needs to play recordings: the run's real pairs and a function ids → waves; (None, None) without."
     from avdd_nb.data import catalog
