@@ -6,9 +6,9 @@
     python benchmarks/joint_table.py --ablate                # parts taken away, on the same split
 
 Tune first: the table takes each method's best step size from benchmarks/results/joint_tuning.csv. Every method gets the
-same number of trials, and none sees the test data. Every cell (data set, method, budget, seed) is a run folder and one
-file of rows; a cell that is done is never done twice. After each cell benchmarks/results/joint.csv is written anew,
-whole or not at all.
+same number of trials, and none sees the test data. Every cell (data set, method, budget, seed) is a run folder with one
+file of rows for each measure; what is there is never done twice. After each cell benchmarks/results/joint.csv is
+written anew, whole or not at all.
 """
 import argparse
 import sys
@@ -19,7 +19,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RESULTS = HERE / 'results' / 'joint.csv'
 TUNING = HERE / 'results' / 'joint_tuning.csv'
-DATA = {'soundshapes': dict(n_train=800, n_test=400), 'avmnist': dict(n_train=800, n_test=400)}
+DATASETS = ('soundshapes', 'avmnist')
+SIZE, LARGER = dict(n_train=800, n_test=400), dict(n_train=2000, n_test=400)   # 20 tiled pairs of ten classes hold 800
 TILED = dict(init='herding', factor=2)
 LABELS = {   # row of the table → (method, its options)
     'Random': ('random', {}),
@@ -32,6 +33,7 @@ LABELS = {   # row of the table → (method, its options)
     'ImageBindDC, joint encoder': ('imagebinddc', dict(TILED, encoder='joint', n_freq=512)),
     'DAVDD-style': ('davdd-style', dict(bank_epochs=4)),
 }
+FROZEN = 'frozen encoder'
 SELECTION = {'random', 'herding', 'tiled'}
 # Step sizes at one pair per class, times IPC (see `rates`), such that a step moves pixels alike. Where the second was
 # the best of the last three at IPC 1, the first was tried as well.
@@ -52,8 +54,11 @@ ABLATIONS = {
 
 
 def rates(label, ipc):
-    "Step sizes tried at this budget: a mean over n times as many pairs gives each 1/n of the gradient."
-    return [round(lr*ipc, 6) for lr in RATES[label]]
+    """Step sizes tried at this budget: a mean over n times as many pairs gives each 1/n of the gradient.
+
+    The largest, never the best at 1 or 10 pairs, is left out above.
+    """
+    return [round(lr*ipc, 6) for lr in RATES[label]][:None if ipc <= 10 else -1]
 
 
 def tuned(label, dataset, ipc, path=None):
@@ -83,44 +88,83 @@ def options_of(label, args, dataset=None, ipc=1):
     return method, size | options | tuned(label, dataset, ipc)
 
 
-def accuracy_rows(syn, test, args, seed):
+def data_of(ipc):
+    "Options of both worlds at this budget."
+    return SIZE if ipc <= 10 else LARGER
+
+
+def accuracy_rows(syn, splits, args, seed, archs=('ConvNet',)):
     "Accuracy by network, modality and fusion, as (measure, what, metric, seed, value)."
     from avdd_nb.evaluate import evaluate, make_protocol
     rows = []
-    for arch in ['ConvNet', *(args.archs if seed < args.arch_seeds else [])]:
+    for arch in archs:
         protocol = make_protocol('thorough', updates=args.updates, width=args.width, arch=arch)
-        found = evaluate(syn, test, protocol, [100 * seed + i for i in range(args.evaluations)], workers=1)
-        rows += [dict(measure='accuracy', what=f"{r['modality']} {r['fusion']}".strip(), metric=arch, seed=r['seed'],
-                      value=r['accuracy']) for r in found]
-    return rows
+        rows += evaluate(syn, splits.test, protocol, [100 * seed + i for i in range(args.evaluations)], workers=1)
+    return tidy(rows)
+
+
+def tidy(rows):
+    "Rows of a judge in the table's columns."
+    return [dict(measure='accuracy', what=f"{r['modality']} {r['fusion']}".strip(), metric=r['arch'], seed=r['seed'],
+                 value=r['accuracy']) for r in rows]
+
+
+def frozen_rows(syn, splits, args, seed):
+    "Accuracy of linear heads on the frozen joint encoder of the real training data."
+    from avdd_nb.frozen import frozen_heads
+    return tidy(frozen_heads(syn, splits.test, seeds=[100 * seed + i for i in range(args.evaluations)],
+                             whole=splits.train))
+
+
+def pairing_rows(syn, splits, args, seed):
+    "The three cross-modal measures."
+    from avdd_nb.pairing import pairing
+    return pairing(syn, splits.test, updates=args.pairing_updates)
+
+
+MEASURES = {   # file of a cell → its rows, from (syn, splits, args, seed)
+    'accuracy': accuracy_rows,
+    'others': lambda syn, splits, args, seed: accuracy_rows(syn, splits, args, seed, args.archs),
+    'frozen': frozen_rows,
+    'pairing': pairing_rows,
+}
+
+
+def cost_rows(out, config, splits):
+    "Distils into `out`; seconds and memory. In a process of its own."
+    import psutil
+
+    from avdd_nb.runs import run
+    from avdd_nb.store import read_json
+    before = psutil.Process().memory_info().rss / 2**20
+    began = time.process_time()
+    list(run(config, out, splits=splits))
+    spent, done = time.process_time() - began, read_json(out / 'done.json')
+    values = {'seconds': done['seconds'], 'CPU seconds': spent, 'MB above start': max(0., done['memory_mb'] - before)}
+    return [dict(measure='cost', what='distilling', metric=k, seed=0, value=v) for k, v in values.items()]
 
 
 def cell(dataset, label, ipc, seed, splits, args):
-    "Distils, scores, measures; writes the rows of one cell to its file. Runs in a process of its own."
-    import psutil
+    "Distils and measures what of a cell is not there yet, each to its file. Runs in a process of its own."
     import torch
 
-    from avdd_nb.pairing import pairing
-    from avdd_nb.runs import load_run, make_config, run
-    from avdd_nb.store import read_json, write_json
+    from avdd_nb.runs import load_run, make_config
+    from avdd_nb.store import write_json
     torch.set_num_threads(1)
     out = folder(dataset, label, ipc, seed, args)
     method, options = options_of(label, args, dataset, ipc)
-    before = psutil.Process().memory_info().rss / 2**20
-    began = time.process_time()
-    list(run(make_config(dataset, method, ipc, args.steps, seed, DATA[dataset], options), out, splits=splits))
-    spent = time.process_time() - began
-    done = read_json(out / 'done.json')
-    syn = load_run(out)[1]
-    rows = [dict(measure='cost', what='distilling', metric='seconds', seed=0, value=done['seconds']),
-            dict(measure='cost', what='distilling', metric='CPU seconds', seed=0, value=spent),
-            dict(measure='cost', what='distilling', metric='MB above start', seed=0,
-                 value=max(0., done['memory_mb'] - before))]
-    rows += accuracy_rows(syn, splits.test, args, seed)
-    if seed < args.pairing_seeds: rows += pairing(syn, splits.test, updates=args.pairing_updates)
     same = dict(dataset=dataset, label=label, ipc=ipc, distill_seed=seed, steps=args.steps, width=args.width,
                 lr=options.get('lr', ''), n_train=len(splits.train), updates=args.updates)
-    write_json(out / 'rows.json', [same | row for row in rows])
+    keep = lambda name, rows: write_json(out / 'rows' / f'{name}.json', [same | row for row in rows])
+    if 'cost' in missing(out):
+        keep('cost', cost_rows(out, make_config(dataset, method, ipc, args.steps, seed, data_of(ipc), options), splits))
+    syn = load_run(out)[1]
+    for name in missing(out): keep(name, MEASURES[name](syn, splits, args, seed))
+
+
+def missing(out):
+    "What of the cell in `out` has no file yet."
+    return [name for name in ('cost', *MEASURES) if not (out / 'rows' / f'{name}.json').exists()]
 
 
 def folder(dataset, label, ipc, seed, args):
@@ -133,7 +177,7 @@ def tune(args, fork, trials):
     "Every trial of `trials(label, dataset, ipc)` that is not done yet, scored on a fifth of the training data."
     for ipc in args.ipc:
         for dataset in args.datasets:
-            rest, val = load_data(dataset, args).train.split(.2, seed=1)
+            rest, val = load_data(dataset, ipc, args).train.split(.2, seed=1)
             for label in args.labels:
                 for trial in trials(label, dataset, ipc): one_trial(fork, dataset, label, ipc, trial, rest, val, args)
 
@@ -169,10 +213,10 @@ def trial_rows(dataset, label, ipc, trial, rest, val, path, args):
     write_json(path, rows)
 
 
-def load_data(dataset, args):
-    "`Splits` of one of the two worlds at the table's size."
+def load_data(dataset, ipc, args):
+    "`Splits` of one of the two worlds at the size for this budget."
     from avdd_nb.data.catalog import load
-    return load(dataset, args.data_root, **DATA[dataset])
+    return load(dataset, args.data_root, **data_of(ipc))
 
 
 def in_child(fork, job, *args):
@@ -194,7 +238,7 @@ def write_csv(rows, path):
 def gather(args):
     "The rows of all finished cells, written to the results file."
     from avdd_nb.store import read_json
-    rows = [r for path in sorted(Path(args.out).glob('*/rows.json')) for r in read_json(path)]
+    rows = [r for path in sorted(Path(args.out).glob('*/rows/*.json')) for r in read_json(path)]
     write_csv(rows, args.results)
     return rows
 
@@ -216,11 +260,13 @@ def line(part, fusion='mean'):
     "One line of the table, from the rows of one method at one budget."
     av, std, n = _mean(part, measure='accuracy', metric='ConvNet', what=f'AV {fusion}')
     acc = part[part.measure == 'accuracy']
-    others = [_mean(acc[acc.what == f'AV {fusion}'], metric=a)[0] for a in acc.metric.unique() if a != 'ConvNet']
+    others = [_mean(acc[acc.what == f'AV {fusion}'], metric=a)[0] for a in acc.metric.unique()
+              if a not in ('ConvNet', FROZEN)]
     kept = _mean(part, measure='shuffle', what='kept')[0]
     return dict(AV=av, std=std, n=n, audio=_mean(acc, metric='ConvNet', what='audio')[0],
                 image=_mean(acc, metric='ConvNet', what='image')[0],
                 others=sum(others) / len(others) if others else float('nan'),
+                frozen=_mean(acc, metric=FROZEN, what=f'AV {fusion}')[0],
                 retrieval=_mean(part, measure='retrieval', metric='class@1')[0],
                 covariance=_mean(part, measure='covariance', metric='all')[0],
                 together=kept, within=kept - _mean(part, measure='shuffle', what='within')[0],
@@ -253,18 +299,16 @@ def main():
     p.add_argument('--data-root')
     p.add_argument('--out', default='runs/joint_table')
     p.add_argument('--results', type=Path, default=RESULTS)
-    p.add_argument('--datasets', nargs='+', default=list(DATA))
-    p.add_argument('--ipc', type=int, nargs='+', default=[1, 10])
+    p.add_argument('--datasets', nargs='+', default=list(DATASETS))
+    p.add_argument('--ipc', type=int, nargs='+', default=[1, 10, 20])
     p.add_argument('--seeds', type=int, default=3)
     p.add_argument('--evaluations', type=int, default=2)
     p.add_argument('--archs', nargs='*', default=['LeNet', 'AlexNet'])
-    p.add_argument('--arch-seeds', type=int, default=1)
     p.add_argument('--steps', type=int, default=60)
     p.add_argument('--width', type=int, default=16)
     p.add_argument('--pool-size', type=int, default=8)
     p.add_argument('--real-batch', type=int, default=64)
     p.add_argument('--updates', type=int, default=100)
-    p.add_argument('--pairing-seeds', type=int, default=1)
     p.add_argument('--pairing-updates', type=int, default=60)
     p.add_argument('--print', action='store_true', dest='only_print')
     p.add_argument('--tune', action='store_true')
@@ -276,13 +320,15 @@ def main():
     fork = get_context('fork')
     if args.tune: return tune(args, fork, lambda label, _, ipc: [dict(lr=lr) for lr in rates(label, ipc)])
     if args.ablate: return tune(args, fork, lambda label, *_: ABLATIONS.get(label, []))
-    splits = {d: load_data(d, args) for d in args.datasets}
-    todo = [(d, label, ipc, seed) for ipc in args.ipc for seed in range(args.seeds) for d in args.datasets
+    todo = [(d, label, ipc, seed) for ipc in args.ipc for d in args.datasets for seed in range(args.seeds)
             for label in LABELS]
-    for i, job in enumerate(todo):
-        if not (folder(*job, args) / 'rows.json').exists(): in_child(fork, cell, *job, splits[job[0]], args)
+    splits = {}
+    for i, (dataset, label, ipc, seed) in enumerate(todo):
+        if missing(folder(dataset, label, ipc, seed, args)):
+            if (dataset, ipc) not in splits: splits = {(dataset, ipc): load_data(dataset, ipc, args)}
+            in_child(fork, cell, dataset, label, ipc, seed, splits[dataset, ipc], args)
         gather(args)
-        print(f'{i + 1}/{len(todo)}', *job, flush=True)
+        print(f'{i + 1}/{len(todo)}', dataset, label, ipc, seed, flush=True)
     show(args.results)
 
 
