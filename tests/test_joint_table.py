@@ -56,3 +56,22 @@ def test_the_best_step_size_on_validation_is_taken(tmp_path):
     find = lambda label, ipc=10: joint_table.tuned(label, 'soundshapes', ipc, tmp_path / 't.csv')
     assert find('AVDD (10, 10)') == dict(lr=2.) and find('DM, lr × 21') == dict(lr=42.)
     assert find('DM') == find('AVDD (10, 10)', 1) == find('Random') == {}
+
+
+@pytest.mark.slow
+def test_a_cell_is_distilled_once_and_only_what_is_missing_is_measured_later(tmp_path):
+    from argparse import Namespace
+
+    from avdd_nb.data.catalog import load
+    args = Namespace(out=tmp_path, steps=1, width=4, updates=1, evaluations=1, archs=['LeNet'], pairing_updates=1,
+                     results=tmp_path / 'joint.csv')
+    where = 'soundshapes', 'Random', 1, 0
+    out, splits = joint_table.folder(*where, args), load('soundshapes', n_train=40, n_test=20)
+    joint_table.cell(*where, splits, args)
+    assert joint_table.missing(out) == []
+    (out / 'rows' / 'others.json').unlink()
+    kept = {p: p.stat().st_mtime_ns for p in out.rglob('*') if p.is_file()}
+    joint_table.cell(*where, splits, args)
+    assert joint_table.missing(out) == [] and kept == {p: p.stat().st_mtime_ns for p in kept}
+    found = joint_table.table(pd.DataFrame(joint_table.gather(args)), 'soundshapes', 1).loc['Random']
+    assert all(found[c] == found[c] for c in ('AV', 'others', 'frozen', 'retrieval', 'covariance', 'across', 'seconds'))
