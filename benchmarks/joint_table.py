@@ -44,10 +44,13 @@ RATES = {
     'ImageBindDC, joint encoder': (.02, .1, .5, 2.5),
     'DAVDD-style': (.2, 1., 5., 25.),
 }
+BARE = dict(lam_dis=0., lam_sample=0., lam_cim=0.)      # no cross-modal term is left: from here, down to DM
+LADDER = [BARE | dict(trained_bank=bank, decouple=apart, lr=lr) for bank, apart in
+          ((True, False), (False, True), (False, False)) for lr in (.2, 1., 5., 25.)]
 ABLATIONS = {
     'DAVDD-style': [dict(lam_cim=0.), dict(lam_sample=0.), dict(lam_dis=0.),
-                    dict(lam_dis=0., lam_sample=0., lam_cim=0.), dict(ema=1.), dict(decouple=False),
-                    dict(trained_bank=False), dict(mix_private=True)],
+                    BARE, dict(ema=1.), dict(decouple=False), dict(trained_bank=False), dict(mix_private=True),
+                    *LADDER],
     'ImageBindDC, joint encoder': [dict(lam_cross=0.), dict(lam_joint=0.), dict(lam_cross=0., lam_joint=0.)] + [
         dict(discrepancy='mmd', lam_cross=0., lam_joint=0., lr=lr) for lr in (2., 10., 50.)],
 }
