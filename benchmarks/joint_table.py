@@ -46,7 +46,7 @@ RATES = {
 }
 BARE = dict(lam_dis=0., lam_sample=0., lam_cim=0.)      # no cross-modal term is left: from here, down to DM
 LADDER = [BARE | dict(trained_bank=bank, decouple=apart, lr=lr) for bank, apart in
-          ((True, False), (False, True), (False, False)) for lr in (.2, 1., 5., 25.)]
+          ((True, True), (True, False), (False, True), (False, False)) for lr in (.2, 1., 5., 25., 125.)]
 ABLATIONS = {
     'DAVDD-style': [dict(lam_cim=0.), dict(lam_sample=0.), dict(lam_dis=0.),
                     BARE, dict(ema=1.), dict(decouple=False), dict(trained_bank=False), dict(mix_private=True),
