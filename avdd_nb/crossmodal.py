@@ -114,29 +114,31 @@ def train_towers(train, protocol, seed, after_epoch=None):
     return fit_pairs(model, batch_of, n, protocol, seed, loss_of(train, protocol.tau), rates_of(train), after_epoch)
 
 def _scored(train, test, val, protocol, seed):
-    "(recalls on test, epoch they are of), by the protocol's `report`."
-    looked, model = [], None
+    "(cosines on test, epoch they are of), by the protocol's `report`."
+    best, model = (-1.,), None
     judge = dict(val=val, **{'best-on-test': test}).get(protocol.report)
     def look(e):
+        nonlocal best
         model.eval()
-        looked.append((recalls(score(model, judge), judge.owner), e, recalls(score(model, test), test.owner)))
-    if judge is None: return recalls(score(train_towers(train, protocol, seed), test), test.owner), protocol.epochs
+        found = recalls(score(model, judge), judge.owner)['mean']
+        if found > best[0]: best = found, score(model, test), e
+    if judge is None: return score(train_towers(train, protocol, seed), test), protocol.epochs
     every = max(1, protocol.epochs//protocol.looks)
     batch_of, n = pairs_of(train)
     model = build_towers(train.modalities, protocol, seed).to(test.device)
     fit_pairs(model, batch_of, n, protocol, seed, loss_of(train, protocol.tau), rates_of(train),
               lambda e: look(e) if e % every == 0 or e == protocol.epochs else None)
-    best = max(looked, key=lambda found: found[0]['mean'])
-    return best[2], best[1]
+    return best[1:]
 
 # %% ../nbs/crossmodal.ipynb #33d23522
 DIRECTIONS = dict(IR='text → image', TR='image → text', me='both')
 
-def evaluate_pairs(train, test, protocol='paper', seeds=3, val=None, workers=None, progress=None):
+def evaluate_pairs(train, test, protocol='paper', seeds=3, val=None, workers=None, progress=None, keep=None):
     """Tidy rows (seed × metric) of towers trained on `train` and scored on the real pairs `test`.
 
     A row: protocol, digest, arch, width, epochs, n_train, seed, metric (IR@1 … TR@10, mean), modality (its direction),
-    fusion (R@K), accuracy (percent of queries that find), epoch, seconds. progress: called with the finished fraction.
+    fusion (R@K), accuracy (percent of queries that find), epoch, seconds. progress: called with the finished fraction;
+    keep: called with each seed and its cosines (items, captions).
     """
     if isinstance(protocol, str): protocol = pair_protocol(protocol)
     if protocol.report == 'val' and val is None: raise UserError("There is no validation split to choose an epoch on.")
@@ -145,8 +147,10 @@ def evaluate_pairs(train, test, protocol='paper', seeds=3, val=None, workers=Non
     test, val = (None if d is None else as_captioned(d.to(device)) for d in (test, val))
     def one(seed):
         start = time.perf_counter()
-        found, epoch = _scored(train, test, val, protocol, seed)
+        cosines, epoch = _scored(train, test, val, protocol, seed)
+        found = recalls(cosines, test.owner)
         done.append(seed)
+        if keep: keep(seed, cosines)
         if progress: progress(len(done)/len(seeds))
         shared = dict(protocol=protocol.name, digest=protocol.digest, arch=protocol.arch, width=protocol.width,
                       epochs=protocol.epochs, n_train=pairs_of(train)[1], seed=seed)

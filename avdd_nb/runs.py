@@ -14,6 +14,7 @@ import torch
 from . import __version__
 from .core import UserError, choose
 from .crossmodal import evaluate_pairs, protocol_like
+from .data.captions import as_captioned
 from .data.catalog import load, read_options
 from .distill import distill, forget_peak, peak_memory_mb
 from .evaluate import confusions, cross_architecture
@@ -287,8 +288,19 @@ def _keep_found(out, protocol, items, features, most=10):
     items = items.cpu()
     ranked = {f'{a}/{b}': items[order(features[a], features[b])[:, :most].cpu()]
               for a, b in itertools.permutations(features, 2)}
-    meta = dict(digest=protocol.digest)
-    save_tensors(_beside(out, 'found', protocol, 'safetensors'), dict(items=items) | ranked, meta)
+    _save_found(out, protocol, items, ranked)
+
+def _keep_answers(out, protocol, test, cosines, most=10):
+    "The same of towers that rank pairs without classes, by `cosines` (items, captions): each item's first caption."
+    test = as_captioned(test)
+    s, [other] = cosines[:, test.first].cpu(), [m for m in test.modalities if m != test.text]
+    best = lambda x: x.topk(min(most, len(x))).indices
+    ranked = {f'{other}/{test.text}': best(s), f'{test.text}/{other}': best(s.T)}
+    _save_found(out, protocol, torch.arange(len(s)), ranked)
+
+def _save_found(out, protocol, items, ranked):
+    path = _beside(out, 'found', protocol, 'safetensors')
+    save_tensors(path, dict(items=items) | {k: v.contiguous() for k, v in ranked.items()}, dict(digest=protocol.digest))
 
 def _judged(judge, train, splits, protocol, seeds, progress, whole, keep=None):
     "(confusion counts or None, rows) of one training set."
@@ -298,7 +310,8 @@ def _judged(judge, train, splits, protocol, seeds, progress, whole, keep=None):
         return found if judge == 'accuracy' else (None, found)
     if judge != 'accuracy':
         raise UserError(f"The judge {judge!r} needs classes, and {splits.train.name!r} has none: leave it out.")
-    return None, evaluate_pairs(train, splits.test, protocol_like(protocol), seeds, splits.val, progress=progress)
+    return None, evaluate_pairs(train, splits.test, protocol_like(protocol), seeds, splits.val, progress=progress,
+                                keep=keep)
 
 # %% ../nbs/runs.ipynb #3c8f3493
 def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=False, progress=None, splits=None,
@@ -315,7 +328,10 @@ def evaluate_run(out, protocol, seeds=3, root=None, device='cpu', baselines=Fals
     whole = _whole(protocol, config, root, splits, judge)
     sets = {config.method: syn} | (rivals(config, out, splits.train) if baselines else {})
     seeds, rows = list(range(seeds)) if isinstance(seeds, int) else list(seeds), []
-    keep = lambda seed, items, features: seed == seeds[0] and _keep_found(out, protocol, items, features)
+    def keep(seed, *found):
+        if seed != seeds[0]: return
+        if splits.train.n_classes: _keep_found(out, protocol, *found)
+        else: _keep_answers(out, protocol, splits.test, *found)
     for i, (name, train) in enumerate(sets.items()):
         part = lambda done, i=i: progress and progress((i + done)/len(sets))
         counts, found = _judged(judge, train.to(device), splits, protocol, seeds, part, whole and whole.to(device),

@@ -11,8 +11,8 @@ from test_browser_panel import POINTS, button, panel_notebook, press, run_all, w
 
 from avdd_nb.dev import small_png
 
-LINE = ("panel('avdd', steps=200, ipc=1, data=dict(n_train=1000, n_test=300), width=32, "
-        "evaluation=dict(seeds=3, epochs=100))")
+LINE = ("panel('avdd', steps=200, ipc=1, data=dict(n_train=600, n_test=300), width=24, "
+        "evaluation=dict(seeds=2, epochs=100, epochs_whole=15, width=24))")
 PANEL = '.jp-OutputArea-output .widget-vbox >> nth=0'
 VIEW = dict(width=1280, height=2400)
 

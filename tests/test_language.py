@@ -1,4 +1,5 @@
 "Language and depth: recalls against a naive ranking, readers of broken files, encoders, runs without classes."
+import html
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -19,8 +20,9 @@ from avdd_nb.evaluate import make_protocol
 from avdd_nb.methods.base import make_method
 from avdd_nb.methods.mdm import cluster_picks
 from avdd_nb.nets.towers import TowerSpec, build_towers
-from avdd_nb.runs import evaluate_run, make_config, run
+from avdd_nb.runs import evaluate_run, load_run, make_config, run
 from avdd_nb.store import load_tensors
+from avdd_nb.views.scores import run_scores
 
 GOLDEN = np.load(Path(__file__).parent / 'golden' / 'language.npz', allow_pickle=False)
 TINY = dict(n_train=60, n_val=20, n_test=30, image_size=16)
@@ -255,6 +257,23 @@ def test_a_run_without_classes_resumes_to_the_same_bytes_and_is_scored(tmp_path,
     rows = evaluate_run(tmp_path / 'whole', make_protocol('thorough', epochs=2, width=4), 1, splits=splits)
     assert [r['metric'] for r in rows] == ['IR@1', 'IR@5', 'IR@10', 'TR@1', 'TR@5', 'TR@10', 'mean']
     assert rows[0]['epochs'] == 2 and rows[0]['n_train'] == 10 - (name == 'lors') and rows[0]['protocol'] == 'thorough*'
+
+
+def test_what_a_caption_and_a_picture_find_is_kept_and_shown(tmp_path):
+    "The kept orders are those of the cosines of the first network, one query at a time; the page shows the words."
+    splits, cosines, out = load('soundshapes-text', **TINY), [], tmp_path / 'run'
+    list(run(make_config('soundshapes-text', 'random', 10, data=TINY, options=dict(factor=1)), out, splits=splits))
+    protocol = make_protocol('thorough', epochs=2, width=4)
+    evaluate_run(out, protocol, 1, splits=splits)
+    evaluate_pairs(load_run(out)[1], splits.test, protocol_like(protocol), 1, keep=lambda seed, s: cosines.append(s))
+    [path] = out.glob('found-*.safetensors')
+    kept, first = load_tensors(path)[0], splits.test.first.tolist()
+    for q in range(len(splits.test)):
+        assert kept['text/image'][q, 0] == max(range(len(first)), key=lambda i: cosines[0][i, first[q]])
+        assert kept['image/text'][q, 0] == max(range(len(first)), key=lambda i: cosines[0][q, first[i]])
+    shown = run_scores(out)
+    assert {'text asks for image', 'image asks for text'} <= set(shown)
+    assert splits.test.captions[0] in html.unescape(shown['text asks for image'].html)
 
 
 def test_selection_and_methods_for_classes_meet_pairs_without(tmp_path):

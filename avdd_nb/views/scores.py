@@ -143,7 +143,8 @@ def gains_picture(counts, classes, against=None):
 # %% ../../nbs/views/scores.ipynb #9487e30b
 def _side(data, limits, row, modality, title, note=''):
     x = {modality: data.batch(torch.tensor([row], device=data.device))[modality][0]}
-    return card_html(render(x, data.modalities, limits), title, note)
+    said = data.modalities[modality].kind == 'embedding' and note                        # the words say more
+    return card_html({} if said else render(x, data.modalities, limits), title, note)
 
 def _right(data, a, b):
     "Whether `b` answers query `a`: the same pair, or, where there are classes, the same class."
