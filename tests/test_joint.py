@@ -96,3 +96,31 @@ def test_mmd_is_the_distance_of_the_means_and_unlike_cfd():
     found = {d: ImageBindDC(discrepancy=d, **alone).loss(real, syn) for d in ('mmd', 'cfd')}
     torch.testing.assert_close(found['mmd']['uni'][0], want)
     assert set(found['mmd']) == {'uni'} and found['cfd']['uni'] > found['mmd']['uni']
+
+
+def steps(name, data, **options):
+    "Two steps of that method: (method, synthetic set, draw of the first)."
+    from avdd_nb.distill import distill
+    from avdd_nb.methods.base import make_method
+    method = make_method(name, encoder='untrained', pool_size=1, real_batch=8, init='random', **options)
+    syn, source = method.begin(data, 1, 0), method.source(data, 0)
+    assert len(list(distill(method, syn, source, 2))) == 2
+    return method, syn, source.at(0)
+
+
+def test_any_matching_method_takes_an_encoder():
+    from avdd_nb.core import UserError
+    from avdd_nb.data.catalog import load
+    from avdd_nb.methods.base import make_method
+    data = load('soundshapes-depth', n_train=100, n_test=10).train          # features that ConvNets give two sizes
+    method, syn, draw = steps('avdd', data, factor=1)
+    assert all(r.shape == (10, 64) and r.norm(dim=1).max() <= 1 for r in draw.real.values())
+    again, same, _ = steps('avdd', data, factor=1)
+    assert all(torch.equal(x, same.tensors[m]) for m, x in syn.tensors.items())
+    _, moved, _ = steps('dm', data)
+    assert any((x != moved.tensors[m]).any() for m, x in syn.tensors.items())
+    assert make_method('dm', encoder='imagebind').memory_mb(syn) > 100*make_method('dm').memory_mb(syn)
+    with pytest.raises(UserError, match="draws='reference'"):
+        make_method('dm', encoder='joint', draws='reference').source(data, 0)
+    with pytest.raises(UserError, match='networks of its own'):
+        make_method('davdd-style', encoder='joint').source(data, 0)
