@@ -1,14 +1,15 @@
-"""ImageBindDC's Table 6 in small: seconds a step and peak memory of the matching methods, by whose space they compare in.
+"""Seconds a step and peak memory of the matching methods, by whose space they compare in: ImageBindDC's Table 6.
 
     python benchmarks/joint_cost.py                             # ConvNets, joint encoder, CLIP + CLAP
     python benchmarks/joint_cost.py --spaces imagebind-size     # towers of ImageBind's size, random: 4 GB and more
 
-Built-in world, 1,280 pairs, ConvNets of width 64, 32 real pairs per class, one tile per sample. Every cell is a process of its own. `step_s`: one step
-whose real side is at hand, the fastest of --steps, after one to warm up; `entry_s`: the real side of one draw, which
-`draws='pool'` pays K times in all and `draws='fresh'` at every step; *_mb: the most memory in that time above what the
-process took before, with its libraries and data; the networks count. Seconds are those of the processor, on --threads
-threads: one by default, so that other work on the machine does not matter much. Large encoders have random weights, which cost
-what others do; their real side is --few pairs per class.
+Built-in world, 1,280 pairs, ConvNets of width 64, 32 real pairs per class, one tile per sample. Every cell is a
+process of its own. `step_s`: one step whose real side is at hand, the fastest of --steps, after one to warm up;
+`entry_s`: the real side of one draw, which `draws='pool'` pays K times in all and `draws='fresh'` at every step; *_mb:
+the most memory in that time above what the process took before, with its libraries and data; the networks count, and
+about 150 MB that PyTorch takes at its first step. Seconds are those of the processor, on --threads threads: one by
+default, so that other work on the machine does not matter much. Large encoders have random weights, which cost what
+others do; their real side is --few pairs per class.
 """
 import argparse
 import ctypes
