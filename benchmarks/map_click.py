@@ -1,8 +1,9 @@
 """How long a click in the live map takes, from the mouse to the sound's element, and what a map of many points costs.
 
-python benchmarks/map_click.py [--points 5000] [--browser]     (one thread; --browser clicks in a real JupyterLab)
+python benchmarks/map_click.py [--points 5000 20000] [--browser]   (one thread; --browser: in a real JupyterLab)
 """
 import argparse
+import os
 import statistics
 import time
 
@@ -28,8 +29,8 @@ def clicks(points, n=30):
 
 
 def show(what, seconds):
-    ordered = sorted(1000*s for s in seconds)
-    print(f'{what}: median {statistics.median(ordered):.0f} ms, slowest {ordered[-1]:.0f} ms, n = {len(ordered)}')
+    ms = sorted(1000*s for s in seconds)
+    print(f'{what}: median {statistics.median(ms):.0f} ms, slowest {ms[-1]:.0f} ms, n = {len(ms)}', flush=True)
 
 
 CELL = """
@@ -49,8 +50,26 @@ WATCH = """() => { window.took = []; let down = 0, before = null;
   new MutationObserver(look).observe(document.body, {childList: true, subtree: true}); }"""
 
 
-def browser_clicks(points, n=12):
-    "Seconds from pressing the mouse to the sound's element, for n clicks in JupyterLab."
+FRAMES = """() => { window.frames_ = []; window.drawing = true; let last = performance.now();
+  const tick = now => { window.frames_.push(now - last); last = now; if (window.drawing) requestAnimationFrame(tick); };
+  requestAnimationFrame(tick); }"""
+
+
+def drag(page, plot, moves=40):
+    "Seconds of each frame that the browser draws while the map is dragged to and fro."
+    box = plot.bounding_box()
+    x, y = box['x'] + 200, box['y'] + 200
+    page.mouse.move(x, y)
+    page.mouse.down()
+    page.evaluate(FRAMES)
+    for k in range(moves): page.mouse.move(x + 3*min(k, moves - k), y + 2*min(k, moves - k))
+    frames = page.evaluate('() => { window.drawing = false; return window.frames_; }')
+    page.mouse.up()
+    return [t/1000 for t in frames[1:]]
+
+
+def in_browser(points, n=12):
+    "(seconds from pressing the mouse to the sound's element for n clicks, of each frame of a drag) in JupyterLab."
     import sys
     import tempfile
     from pathlib import Path
@@ -69,16 +88,20 @@ def browser_clicks(points, n=12):
         for k in range(n):
             click_point(page, plot, points - 40 + 3*k)
             page.wait_for_function('k => window.took.length > k', arg=k, timeout=20_000)
-        return [t/1000 for t in page.evaluate('window.took')]
+        return [t/1000 for t in page.evaluate('window.took')], drag(page, plot)
 
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--points', type=int, default=5000)
+    parser.add_argument('--points', type=int, nargs='+', default=[5000, 20000])
     parser.add_argument('--browser', action='store_true')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    built, took = clicks(args.points)
-    print(f'{args.points} points: embedded, placed and drawn in {built:.1f} s')
-    show('click to cards, in Python', took)
-    if args.browser: show('mouse to sound element, in JupyterLab', browser_clicks(args.points))
+    for points in args.points:
+        built, took = clicks(points)
+        print(f'{points} points, load {os.getloadavg()[0]:.1f}: embedded, placed and drawn in {built:.1f} s')
+        show('  click to cards, in Python', took)
+        if not args.browser: continue
+        took, frames = in_browser(points)
+        show('  mouse to sound element, in JupyterLab', took)
+        show('  a frame while the map is dragged', frames)
