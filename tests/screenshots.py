@@ -15,7 +15,7 @@ from test_browser_views import click_point
 LINE = ("panel('avdd', steps=120, ipc=1, data=dict(n_train=600, n_test=300), width=24, "
         "evaluation=dict(seeds=2, epochs=100, epochs_whole=10, width=16))")
 PANEL = '.jp-OutputArea-output .widget-vbox >> nth=0'
-VIEW = dict(width=1280, height=2400)
+VIEW = dict(width=1280, height=3400)
 
 
 def keep(page, path, top=None):
