@@ -75,12 +75,13 @@ def in_browser(points, n=12):
     from pathlib import Path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'tests'))
     import test_browser as tb
-    from test_browser_views import click_point, run_all
+    from test_browser_panel import run_all
+    from test_browser_views import click_point
     with (tempfile.TemporaryDirectory() as folder, tb.api.sync_playwright() as pw,
           tb.opened_browser(pw, f'{folder}/profile') as browser, tb.served_lab(f'{folder}/lab') as lab):
         tb.write_notebook(lab[0]/'map.ipynb', [CELL.format(points=points), "print('END' + '-MARK')"])
         page = tb.open_notebook(browser, lab, 'map.ipynb')
-        run_all(page)
+        run_all(page, seconds=500)
         plot = page.locator('.js-plotly-plot').first
         plot.wait_for(timeout=60_000)
         page.wait_for_timeout(3000)
