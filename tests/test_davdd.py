@@ -32,7 +32,7 @@ def gen(seed=0): return torch.Generator().manual_seed(seed)
 def parts(n, seed, k=4): return {m: torch.randn(n, 2*k, generator=gen(seed + i)) for i, m in enumerate('abc')}
 
 
-def mean(f): return {name: x.mean(0, keepdim=True) for name, x in Parts()(f).items()}
+def mean(f): return {name: x.mean(0, keepdim=True) for name, x in Parts(4)(f).items()}
 
 
 def test_intermodal_is_the_sum_written_out():

@@ -23,23 +23,26 @@ from ..nets.decoupler import DecoupledBank, DecouplerRecipe
 # %% ../../nbs/methods/davdd.ipynb #eca08a83
 @dataclass(frozen=True)
 class Parts:
-    "Features [c, p] (N, 2K) → `common.m`, `private.m` (N, K) and `moment.a.b` (N, K²)."
+    "Features [c, p, h] (N, 2K + D) → `common.m`, `private.m` (N, K), `feature.m` (N, D) and `moment.a.b` (N, K²)."
+    size: int = None        # K; None: a third of the features (nothing was decoupled)
     mixed: bool = False     # ablation: private parts enter the common ones' terms
 
     @property
     def key(self):
         "What tells these statistics from others."
-        return dict(parts=True, mixed=self.mixed)
+        return dict(parts=self.size, mixed=self.mixed)
 
     def __call__(self, features, *stream):
-        "name → rows, from modality → [c, p]."
-        halves = {m: f.chunk(2, 1) for m, f in features.items()}
-        c = {m: f/2**.5 if self.mixed else halves[m][0] for m, f in features.items()}
-        out = {f'common.{m}': x for m, x in c.items()} | {f'private.{m}': p for m, (_, p) in halves.items()}
+        "name → rows, from modality → [c, p, h]."
+        size = {m: self.size or f.shape[1]//3 for m, f in features.items()}
+        split = {m: f.tensor_split((size[m], 2*size[m]), 1) for m, f in features.items()}
+        c = {m: torch.cat([c, p], 1)/2**.5 if self.mixed else c for m, (c, p, _) in split.items()}
+        out = {f'common.{m}': x for m, x in c.items()} | {f'private.{m}': p for m, (_, p, _) in split.items()}
+        out |= {f'feature.{m}': h for m, (*_, h) in split.items()}
         return out | {f'moment.{a}.{b}': (c[a][:, :, None]*c[b][:, None]).flatten(1) for a, b in combinations(c, 2)}
 
 def part(stats, kind):
-    "modality → rows, of one kind ('common' or 'private') of statistic."
+    "modality → rows, of one kind ('feature', 'common' or 'private') of statistic."
     return {name.removeprefix(kind + '.'): x for name, x in stats.items() if name.startswith(kind + '.')}
 
 # %% ../../nbs/methods/davdd.ipynb #b9173e47
@@ -101,15 +104,16 @@ class DAVDD(Matching, name='davdd-style'):
     "Decoupled matching with common intermodal, sample and distribution alignment. Our reading of DAVDD's abstract."
     init: str = hp('herding', choices=list(coreset.SELECTORS), help="which real pairs to start from")
     factor: int = hp(2, 1, 8, "l: every stored sample is a mosaic of l × l smaller ones")
-    lr: float = hp(5., 0, 1e6, "SGD step size on the synthetic set")
+    lr: float = hp(250., 0, 1e6, "SGD step size on the synthetic set")
     draws: str = hp('pool', choices=['pool'], help="prototypes need kept real statistics")
     real_batch: int = hp(0, 0, 100_000, "real pairs per class and draw; 0 takes all")
     width: int = hp(24, 4, 1024, "channels of the bank's networks")
-    lam_private: float = hp(1., 0, 1000, "weight of private matching")
-    lam_common: float = hp(1., 0, 1000, "weight of common matching")
-    lam_cim: float = hp(1., 0, 1000, "weight of common intermodal matching")
-    lam_sample: float = hp(.1, 0, 1000, "weight of sample alignment")
-    lam_dis: float = hp(1., 0, 1000, "weight of distribution alignment")
+    lam_feature: float = hp(1., 0, 1000, "weight of matching the bank's own features")
+    lam_private: float = hp(.01, 0, 1000, "weight of private matching")
+    lam_common: float = hp(.01, 0, 1000, "weight of common matching")
+    lam_cim: float = hp(.01, 0, 1000, "weight of common intermodal matching")
+    lam_sample: float = hp(.001, 0, 1000, "weight of sample alignment")
+    lam_dis: float = hp(.01, 0, 1000, "weight of distribution alignment")
     temperature: float = hp(.1, .001, 10, "τ of both alignments")
     ema: float = hp(.99, 0, 1, "γ of the prototypes; 1 keeps the first means")
     bank_pairs: int = hp(4, 1, 100, "P: entries of the bank")
@@ -128,7 +132,7 @@ def networks(self: DAVDD):
 @patch
 def lift(self: DAVDD):
     "Common and private parts, and the cross second moments."
-    return Parts(self.mix_private)
+    return Parts(DecouplerRecipe().size if self.decouple else None, self.mix_private)
 
 @patch
 def begin(self: DAVDD, data, ipc, seed):
@@ -150,13 +154,14 @@ def groups_at_once(self: DAVDD, syn, limit_mb=2000):
 
 @patch
 def terms(self: DAVDD, syn, draw, groups):
-    "The five terms, weighted, per class (C,); a term of weight 0 is left out."
+    "The six terms, weighted, per class (C,); a term of weight 0 is left out."
     x, y = syn.decode()
     features = draw.embed(x)
     means = {name: class_mean(f, y, syn.n_classes) for name, f in features.items()}
-    weights = dict(private=self.lam_private, common=self.lam_common, cim=self.lam_cim, sample=self.lam_sample,
-                   distribution=self.lam_dis)
-    make = dict(private=lambda: matching(draw.real, means, 'private'),
+    weights = dict(feature=self.lam_feature, private=self.lam_private, common=self.lam_common, cim=self.lam_cim,
+                   sample=self.lam_sample, distribution=self.lam_dis)
+    make = dict(feature=lambda: matching(draw.real, means, 'feature'),
+                private=lambda: matching(draw.real, means, 'private'),
                 common=lambda: matching(draw.real, means, 'common'),
                 cim=lambda: intermodal(draw.real, means),
                 sample=lambda: sample_alignment(part(features, 'common'), y, syn.n_classes, self.temperature),

@@ -112,15 +112,16 @@ def decoupler(data, nets, bank, p, recipe):
 
 # %% ../../nbs/nets/decoupler.ipynb #e1613a17
 class Halves(nn.Module):
-    "x (N, *shape) → [common, private] (N, 2·size) through bank entry `entry`; no `side`: the unit feature twice."
+    "x (N, *shape) → [common, private, unit feature] through bank entry `entry`; no `side`: the unit feature thrice."
     def __init__(self, net, side, entry):
         super().__init__()
         self.net, self.side, self.entry = net, side, entry
 
     def forward(self, x):
-        "Both parts side by side."
+        "Both parts and what they are parts of, side by side."
         h = self.net(x)
-        return torch.cat(self.side(h) if self.side else [F.normalize(h, dim=1)]*2, 1)
+        unit = F.normalize(h, dim=1)
+        return torch.cat([*(self.side(h) if self.side else (unit, unit)), unit], 1)
 
 @dataclass(frozen=True)
 class DecoupledBank:
