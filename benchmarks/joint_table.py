@@ -49,6 +49,7 @@ GUESS = dict(lam_feature=0., lam_private=1., lam_common=1.)         # the first 
 LADDER = [GUESS | dict(lam_dis=1., lam_sample=.1, lam_cim=1., lr=lr) for lr in (.2, 1., 5., 25.)] + [
     GUESS | BARE | dict(trained_bank=bank, decouple=apart, lr=lr) for bank, apart in
     ((True, True), (True, False), (False, True), (False, False)) for lr in (.2, 1., 5., 25., 125.)]
+WEIGHTS = [dict(lam_private=w, lam_common=w, lam_cim=w, lam_sample=w/10, lam_dis=w) for w in (0., .001, .1)]
 ABLATIONS = {
     'DAVDD-style': [dict(lam_feature=0.), dict(lam_private=0., lam_common=0.), dict(lam_cim=0.), dict(lam_sample=0.),
                     dict(lam_dis=0.), BARE, dict(ema=1.), dict(decouple=False), dict(trained_bank=False),
@@ -80,9 +81,9 @@ def tuned(label, dataset, ipc, path=None):
 
 
 def ablations(label, dataset, ipc):
-    "Trials with parts of a method taken away; the ladder from DAVDD-style's first weights to DM in one world."
-    ladder = LADDER if (label, dataset, ipc) == ('DAVDD-style', 'soundshapes', 1) else []
-    return ABLATIONS.get(label, []) + ladder
+    "Trials with parts of a method taken away; DAVDD-style's ladder to DM, and its weights, in one world."
+    more = LADDER + WEIGHTS if (label, dataset, ipc) == ('DAVDD-style', 'soundshapes', 1) else []
+    return ABLATIONS.get(label, []) + more
 
 
 def name_of(trial):
