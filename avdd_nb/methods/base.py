@@ -132,9 +132,6 @@ def lift(self: Matching):
 @patch
 def source(self: Matching, data, seed):
     "Where the (network, ω) draws and the real statistics come from."
-    if self.encoder != 'convnet' and type(self).networks is not Matching.networks:
-        raise UserError(f"{self.name} brings networks of its own, so there is nothing for encoder={self.encoder!r} to "
-                        "do: leave that option out.")
     how = dict(strategy=self.strategy, real_batch=self.real_batch, seed=seed,
                networks=self.networks(), lift=self.lift())
     if self.draws == 'reference':

@@ -106,6 +106,7 @@ class DAVDD(Matching, name='davdd-style'):
     factor: int = hp(2, 1, 8, "l: every stored sample is a mosaic of l × l smaller ones")
     lr: float = hp(250., 0, 1e6, "SGD step size on the synthetic set")
     draws: str = hp('pool', choices=['pool'], help="prototypes need kept real statistics")
+    encoder: str = hp('bank', choices=['bank'], help="whose space: the bank's networks, a decoupler on each")
     real_batch: int = hp(0, 0, 100_000, "real pairs per class and draw; 0 takes all")
     width: int = hp(24, 4, 1024, "channels of the bank's networks")
     lam_feature: float = hp(1., 0, 1000, "weight of matching the bank's own features")
