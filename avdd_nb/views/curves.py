@@ -94,8 +94,13 @@ def _still_lines(series, x_title, y_title, log):
     ax.grid(color='gray', alpha=.25)
     ax.minorticks_off()
     if ax.get_yscale() == 'log': _name_ticks(ax.yaxis, ticks_of(series))
-    for text in ax.legend(frameon=False, labelcolor=INK, fontsize=10).get_texts(): text.set_parse_math(False)
+    _key_above(ax)
     return png_of(fig)
+
+def _key_above(ax):
+    "The legend of `ax` above its plot, where it hides no line."
+    legend = ax.legend(frameon=False, labelcolor=INK, fontsize=10, ncols=4, loc='lower left', bbox_to_anchor=(0, 1))
+    for text in legend.get_texts(): text.set_parse_math(False)
 
 def _name_ticks(axis, mode):
     "Ticks of a logarithmic axis in plain numbers: as `ticks_of` says; even steps where these would be fewer than two."
@@ -221,6 +226,5 @@ def _still_dots(part, x_title, zero=False):
     ax.set(xlabel=x_title, ylim=(len(whats) - .5, -.5))
     ax.set_yticks(range(len(whats)), [w if len(w) <= 24 else f'{w[:23]}…' for w in whats], parse_math=False)
     ax.grid(axis='x', color='gray', alpha=.25)
-    legend = ax.legend(frameon=False, labelcolor=INK, fontsize=10, ncols=4, loc='lower left', bbox_to_anchor=(0, 1))
-    for text in legend.get_texts(): text.set_parse_math(False)
+    _key_above(ax)
     return png_of(fig)
