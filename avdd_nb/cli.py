@@ -12,7 +12,7 @@ import inspect, json, os, sys
 from pathlib import Path
 from typing import Annotated
 import typer
-from .core import UserError
+from .core import UserError, listening
 
 # %% ../nbs/cli.ipynb #34659c8f
 app = typer.Typer(help="Multimodal dataset distillation: distil, evaluate, look, listen.", no_args_is_help=True,
@@ -81,9 +81,12 @@ def distill(dataset: Dataset = 'soundshapes', method: Method = 'avdd', ipc: Budg
     config = make_config(dataset, method, ipc, steps, seed, pairs(data, '--data'), pairs(set_, '--set'), bf16)
     out = out or Path('runs')/f"{dataset}-{method}-{config.hash}"
     with tqdm(total=steps, desc=f"{method} on {dataset}", unit='step', mininterval=.5, delay=.1) as bar:
-        for progress in run(config, out, data_root, check_device(device), resume, tell=bar.write):
-            bar.update(progress.step - bar.n)
-            bar.set_postfix(loss=f"{progress.loss:.4g}", refresh=False)
+        def show(words, steps=0):
+            bar.set_postfix_str(words, refresh=False)
+            bar.update(steps)
+        with listening(show):
+            for progress in run(config, out, data_root, check_device(device), resume, tell=bar.write):
+                show(f"loss={progress.loss:.4g}", progress.step - bar.n)
     print(f"The synthetic set lies in {out}. Next: avdd evaluate {out}")
 
 # %% ../nbs/cli.ipynb #cda4aa97

@@ -12,7 +12,7 @@ import contextlib, fcntl, json, os, signal, subprocess, sys, tempfile, time, tra
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import avdd_nb
-from .core import UserError, choose, configure, hp
+from .core import UserError, choose, configure, hp, listening
 from .plugins import version_of
 from .store import lock, read_json, write_json
 
@@ -151,7 +151,7 @@ def begin(config, root=None, device='cpu'):
 # %% ../nbs/jobs.ipynb #40a4d145
 @dataclass
 class Standing:
-    "Where a job stands: `phase`, finished `step` of `steps`, `loss`, `seconds`, `memory_mb`, `pace` (s a step)."
+    "Where a job stands: `phase`, finished `step` of `steps`, `loss`, `seconds`, `memory_mb`, `pace` (s a step); `doing`: before that."
     phase: str = 'new'
     step: int = 0
     steps: int = 0
@@ -160,6 +160,7 @@ class Standing:
     memory_mb: float = 0.
     pace: float = float('nan')
     reason: str = ''
+    doing: str = ''
 
     @property
     def live(self):
@@ -273,7 +274,8 @@ def distil(out, tell, config, root=None, device='cpu', checkpoint_every=2.):
     splits = load(config.dataset, root, **config.data)
     limits.check(pairs=len(splits.train))
     for n, p in enumerate(run(config, out, root, device, checkpoint_every=checkpoint_every, splits=splits), 1):
-        tell(phase='running', step=p.step, loss=p.loss, seconds=p.seconds, memory_mb=p.memory_mb, pace=p.seconds/n)
+        tell(phase='running', doing='', step=p.step, loss=p.loss, seconds=p.seconds, memory_mb=p.memory_mb,
+             pace=p.seconds/n)
         if limits.seconds and p.seconds > limits.seconds: raise OutOfTime(
             f"This machine allows {limits.seconds} s of work at a time. Resume goes on from here.")
 
@@ -344,7 +346,8 @@ def main(argv=None):
         limits = quota()
         if limits.runs: os.nice(5)
         what = read_json(_file(out, kind, '.json'))['what']
-        with turn(limits.runs, teller.tell): WORK[kind](Path(out), teller.tell, **what)
+        with turn(limits.runs, teller.tell), listening(lambda words: teller.tell(doing=words)):
+            WORK[kind](Path(out), teller.tell, **what)
         end = dict(phase='done')
     except KeyboardInterrupt: end = dict(phase='stopped')
     except UserError as e: end = dict(phase='stopped' if isinstance(e, OutOfTime) else 'failed', reason=str(e))

@@ -6,7 +6,7 @@
 __all__ = ['html_widget', 'picture_widget', 'say', 'Looks']
 
 # %% ../nbs/looks.ipynb #36edcb81
-import threading
+import functools, threading
 from pathlib import Path
 import ipywidgets as W
 from . import jobs
@@ -43,9 +43,17 @@ def _wall(runs, root):
     from avdd_nb.views.wall import run_wall
     return picture_widget(run_wall(runs[0], per_class=4, max_classes=10, sounds=20))
 
+@functools.lru_cache(maxsize=1)
+def _real(run, root):
+    "The real pairs of a run, which the map and the ear share."
+    from avdd_nb.data.catalog import load
+    from avdd_nb.runs import load_run
+    config = load_run(run)[0]
+    return load(config.dataset, root, **config.data)
+
 def _map(runs, root):
     from avdd_nb.views.map import run_map
-    return run_map(runs[0], root=root, embed='random', cards=0).live(background=True)
+    return run_map(runs[0], _real(runs[0], root), embed='random', cards=0).live(background=True)
 
 def _ear(runs, root):
     "One stored pair at a time, chosen from a list."
@@ -55,7 +63,7 @@ def _ear(runs, root):
     each = max(1, int(syn.ipc))
     name = lambda k: f'{syn.classes[k//each]}, no. {k % each + 1}' if syn.classes else f'no. {k + 1}'
     names = [(name(k), k) for k in range(len(syn))]
-    real = recorded(runs[0], root)
+    real = recorded(runs[0], root, _real)
     show = lambda k: [picture_widget(run_ear(runs[0], k, *real))]
     choice, stage = W.Dropdown(options=names, description='pair'), W.VBox(show(0))
     choice.observe(lambda c: setattr(stage, 'children', show(c.new)), 'value')

@@ -51,9 +51,14 @@ class Panel(W.VBox):
         inside.titles = 'Hyperparameters', 'Options of the data', 'How it is evaluated'
         inside.selected_index = 0
         self.inside = inside
-        word = W.Label('preset', layout=W.Layout(width='5.5em', display='flex', justify_content='flex-end'))
+        word = W.Label('preset', layout=W.Layout(width='4.5em', display='flex', justify_content='flex-end'))
         presets = W.HBox([word, self.presets], layout=W.Layout(margin='4px 0'))
-        super().__init__([self.head, presets, inside, self.guess, self.watch], layout=W.Layout(width='auto'))
+        column = lambda parts, **look: W.VBox(parts, layout=W.Layout(min_width='0', **look))
+        sides = [column([inside], flex='1 1 21em', max_height='50em', overflow='auto'),
+                 column([self.guess, self.watch.top], flex='3 1 36em', overflow='visible')]
+        body = W.Box(sides, layout=W.Layout(flex_flow='row wrap', align_items='flex-start', grid_gap='0 16px',
+                                            width='auto', overflow='visible'))
+        super().__init__([self.head, presets, body, self.watch.below], layout=W.Layout(width='auto'))
         self._new_method(preset, options)
         self._new_data()
         self.method.observe(lambda c: self._new_method(self.presets.value, {}), 'value')
@@ -76,7 +81,7 @@ def _devices():
 @patch
 def _head(self: Panel, method, dataset, settings):
     "The first row: what, from what, how much."
-    look = lambda name, tip: dict(description=name, tooltip=tip, style=dict(description_width='5.5em'),
+    look = lambda name, tip: dict(description=name, tooltip=tip, style=dict(description_width='4.5em'),
                                   layout=W.Layout(width='auto', min_width='0'))
     limit = jobs.quota()
     count = lambda name, tip, value, low, high: W.BoundedIntText(
@@ -89,7 +94,7 @@ def _head(self: Panel, method, dataset, settings):
                                  **look('seed', 'Of everything that is drawn'))
     self.device = W.Dropdown(options=_devices(), value=settings['device'], **look('device', 'Where it computes'))
     for w in (self.ipc, self.steps, self.seed, self.device): w.observe(lambda c: self._changed(), 'value')
-    grid = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 15em), 1fr))',
+    grid = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 12.5em), 1fr))',
                     grid_gap='2px 12px', width='auto', overflow='visible')
     self.head = W.Box([self.dataset, self.method, self.ipc, self.steps, self.seed, self.device], layout=grid)
     self.presets = W.ToggleButtons(options=['quick'], layout=W.Layout(width='auto'), style=dict(button_width='auto'))

@@ -9,7 +9,7 @@ __all__ = ['SCHEDULES', 'Recipe', 'new_nets', 'new_model', 'fit', 'predict', 'tr
 import math
 from dataclasses import dataclass, fields
 import torch
-from .core import UserError, choose, hp, rng, seed_of, seeded
+from .core import UserError, choose, counted, hp, rng, seed_of, seeded
 from .match import augment
 from .nets.convnet import build, common_grid
 from .nets.fusion import HEADS
@@ -82,7 +82,7 @@ def fit(model, modalities, batch_of, labels, recipe, seed, after_epoch=None):
     n, device = len(labels), labels.device
     updates = math.ceil(n/recipe.batch)
     model.train()
-    for e in range(recipe.epochs):
+    for e in counted(range(recipe.epochs), 'training a classifier, epoch'):
         for i, idx in enumerate(torch.randperm(n, generator=gen).to(device).split(recipe.batch)):
             t = e/recipe.epochs if recipe.schedule == 'steps' else (e + i/updates)/recipe.epochs
             for g, lr in zip(optimiser.param_groups, base): g['lr'] = lr*SCHEDULES[recipe.schedule](t)

@@ -36,12 +36,13 @@ def in_words(at):
     time_ = f'{clock(at.seconds)} of work' if at.seconds else ''
     left = f'about {clock(at.left)} left' if at.phase == 'running' and at.left > 0 else ''
     memory = f'{at.memory_mb:,.0f} MB' if at.memory_mb and at.step else ''
-    return ' · '.join(filter(None, [WORDS[at.phase], step, loss, time_, left, memory, at.reason]))
+    now = at.doing if at.live and at.doing else WORDS[at.phase]
+    return ' · '.join(filter(None, [now, step, loss, time_, left, memory, at.reason]))
 
 # %% ../nbs/watch.ipynb #58eedeb8
 class Curves(W.Box):
     "The loss and its terms of a run, live: `draw(events)` with all events so far."
-    def __init__(self, width=440):
+    def __init__(self, width=400):
         super().__init__([], layout=W.Layout(width=f'{width}px', max_width='100%', overflow='hidden'))
         self.width, self.names = width, None
 
@@ -141,14 +142,18 @@ def shell_line(run):
 class Watch(W.VBox):
     """A live view of the run in folder `run` (None: none yet), with Stop, Resume, Evaluate, Save and Compare.
 
-    before: buttons that come first. `follow(run)` turns to another run.
+    before: buttons that come first. `follow(run)` turns to another run. `top` is how it goes, `below` what came of it:
+    a panel shows them in two places.
     """
     def __init__(self, run=None, root=None, device='cpu', before=(), evaluation=None):
         self.run, self.root, self.device, self._busy, self._thread = None, root, device, threading.RLock(), None
         self._evaluation = evaluation or {}
         self._widgets(before)
-        super().__init__([W.HTML(LOOK), self.title, self.buttons, self.bar, self.news, self.side, self.results,
-                          self.look, self.others, self.more], layout=W.Layout(width='auto', overflow='visible'))
+        whole = W.Layout(width='auto', overflow='visible')
+        self.top = W.VBox([W.HTML(LOOK), self.title, self.buttons, self.bar, self.news, self.side, self.results],
+                          layout=whole)
+        self.below = W.VBox([self.look, self.others, self.more], layout=whole)
+        super().__init__([self.top, self.below], layout=whole)
         self.follow(run)
 
     def follow(self, run):
@@ -206,7 +211,7 @@ def _widgets(self: Watch, before):
     self.buttons = W.Box([*before, self.stop, self.resume, self.evaluate, self.save, self.compare], layout=row())
     self.bar = W.FloatProgress(value=0, max=1, bar_style='info', layout=W.Layout(width='auto', height='14px'))
     self.curves = Curves()
-    self.pictures = W.HTML(layout=W.Layout(flex='1 1 240px', min_width='240px', max_width='100%', overflow='auto'))
+    self.pictures = W.HTML(layout=W.Layout(flex='1 1 370px', min_width='240px', max_width='100%', overflow='auto'))
     self.side = W.Box([self.curves, self.pictures], layout=row())
     whole = W.Layout(width='auto', overflow='visible')
     self.look, self.others = (W.VBox([], layout=whole) for _ in range(2))

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import UserError, need, rng, seeded
+from ..core import UserError, counted, need, rng, seeded
 from .paired import Modality, PairedData
 from ..store import cached
 
@@ -63,7 +63,7 @@ def _two_of_each(owner, generator):
 def _train_words(words, ids, owner, epochs, seed, batch=128):
     g, n = rng('words', seed), int(owner.max()) + 1
     optimiser = torch.optim.Adam(words.parameters(), lr=1e-2)
-    for _ in range(epochs):
+    for _ in counted(range(epochs), 'training the text encoder, epoch'):
         pair = _two_of_each(owner, g)
         for part in torch.randperm(n, generator=g).split(batch):
             a, b = (F.normalize(words.bags([ids[i] for i in side[part].tolist()], .8, g), dim=1) for side in pair)

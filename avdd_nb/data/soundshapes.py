@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..core import UserError, choose, seed_of
+from ..core import UserError, choose, counted, seed_of
 from .audio import PRESETS, MelSpec, log_mel
 from .audio import modality as mel_modality
 from .paired import Modality, PairedData, Splits
@@ -593,7 +593,7 @@ def load(root=None, seed=0, n_train=2000, n_test=1000, image_size=32, mel='small
     kinds, sets = {}, {}
     for split, n in dict(train=n_train, test=n_test).items():
         s = draw(n, seed, split, **settings)
-        made = {m: RENDER[m](s, image_size, spec) for m in modalities}
+        made = {m: RENDER[m](s, image_size, spec) for m in counted(modalities, f'drawing {n:,} scenes, modality')}
         kinds = kinds or {m: _modality(m, x, spec, raw) for m, x in made.items()}
         sets[split] = PairedData(made, kinds, s.label, list(CLASSES), 'soundshapes', _ids(n, split, seed, settings),
                                  caption(s))

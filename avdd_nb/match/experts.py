@@ -9,7 +9,7 @@ __all__ = ['classifier', 'sgd_epoch', 'Experts']
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import UserError, rng, seed_of, seeded
+from ..core import UserError, counted, rng, seed_of, seeded
 from . import augment
 from .gradients import as_vector
 from ..nets.convnet import build
@@ -26,7 +26,8 @@ def classifier(modality, n_classes, width=128, seed=0, arch='ConvNet'):
 def sgd_epoch(net, batch_of, labels, lr, batch, strategy, generator):
     "One pass of SGD over the samples `batch_of(idx)` (n, *shape) with `labels` (N,); `net` is changed and returned."
     params = list(net.parameters())
-    for idx in torch.randperm(len(labels), generator=generator).to(labels.device).split(batch):
+    rows = torch.randperm(len(labels), generator=generator).to(labels.device).split(batch)
+    for idx in counted(rows, 'training an expert for an epoch, batch'):
         x = batch_of(idx)
         x = augment.apply(x, augment.draw(generator, strategy, n=len(x)))
         grads = torch.autograd.grad(F.cross_entropy(net(x), labels[idx]), params)
@@ -73,10 +74,8 @@ def _epoch(self: Experts, modality, expert, epoch):
                                r['strategy'], gen))
 
 @patch
-def fill(self: Experts, epochs, progress=None):
-    "Trains what is missing up to `epochs`; progress: called with the finished fraction after each file."
+def fill(self: Experts, epochs):
+    "Trains what is missing up to `epochs`."
     links = [(m, i, e) for m in self.views for i in range(self.count) for e in range(epochs + 1)]
-    for done, link in enumerate(links, 1):
-        self.at(*link)
-        if progress: progress(done/len(links))
+    for link in counted(links, 'training experts, epoch'): self.at(*link)
     return self

@@ -8,7 +8,7 @@ __all__ = ['EXPERT', 'one_caption_each', 'PairExperts', 'remaining', 'unrolled',
 # %% ../../nbs/match/pairexperts.ipynb #4a616dab
 import dataclasses
 import torch
-from ..core import UserError, rng
+from ..core import UserError, counted, rng
 from ..data.captions import as_captioned
 from ..nets.towers import PairRecipe, build_towers, fit_pairs, state_of
 from ..store import cached
@@ -53,12 +53,10 @@ class PairExperts:
         batch_of = lambda idx: self.data.pair_batch(rows[idx])
         return state_of(fit_pairs(model, batch_of, len(rows), self.recipe, [self.seed, expert, epoch]))
 
-    def fill(self, epochs, progress=None):
-        "Trains what is missing up to `epochs`; progress: called with the finished fraction after each link."
+    def fill(self, epochs):
+        "Trains what is missing up to `epochs`."
         links = [(i, e) for i in range(self.count) for e in range(1, epochs + 1)]
-        for done, link in enumerate(links, 1):
-            self.at(*link)
-            if progress: progress(done/len(links))
+        for link in counted(links, 'training experts, epoch'): self.at(*link)
         return self
 
 # %% ../../nbs/match/pairexperts.ipynb #dd58c40b

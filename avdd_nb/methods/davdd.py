@@ -117,6 +117,7 @@ class DAVDD(Matching, name='davdd-style'):
     lam_dis: float = hp(.01, 0, 1000, "weight of distribution alignment")
     temperature: float = hp(.1, .001, 10, "τ of both alignments")
     ema: float = hp(.99, 0, 1, "γ of the prototypes; 1 keeps the first means")
+    presets = dict(quick=dict(steps=100, pool_size=4, real_batch=64), paper=dict(steps=5000))
     bank_pairs: int = hp(4, 1, 100, "P: entries of the bank")
     bank_epochs: int = hp(8, 1, 1000, "of its most mature entries")
     trained_bank: bool = hp(True, help="false: random networks (ablation)")

@@ -174,3 +174,6 @@ def lors_preset(dataset, n):
     options = dict(zip(_NAMES, LORS_PRESETS[key]))
     more = dict(tau=.1) if key == ('coco', 500) else {}
     return options | dict(lr_text=options['lr'], joint=key[0] == 'coco') | more
+
+LoRS.presets = LoRS.presets | {f'{d}-{n}': LoRS.presets['paper'] | dict(ipc=n) | lors_preset(d, n)
+                               for d, n in LORS_PRESETS}

@@ -121,16 +121,15 @@ class PairLearner(Learner, name='pair-learner'):
     head: str = hp('residual', choices=['residual', 'linear'], help="head on what comes as a vector")
     pretrained: bool = hp(False, help="start from ImageNet weights (timm), or from shapes named on the spot")
     seed_experts: int = hp(0, 0, 10**6, "seed of the experts; runs that agree in it share them")
+    presets = dict(quick=dict(steps=100, ipc=20, experts=2, expert_epochs=4),
+                   paper=dict(steps=3000, ipc=100, experts=20, expert_epochs=10))
     tiny = dict(dataset='soundshapes-text', data=dict(n_train=60), ipc=6, options=dict(experts=2, expert_epochs=3))
 
     def make_experts(self, data):
-        "The `PairExperts`, trained where they are not on disk yet, with a progress bar on a terminal."
-        from tqdm import tqdm
+        "The `PairExperts`, trained where they are not on disk yet."
         recipe = replace(EXPERT, arch=self.arch, width=self.width, head=self.head, pretrained=self.pretrained,
                          lr=self.expert_lr)
-        experts = PairExperts(data, self.experts, recipe, self.seed_experts)
-        with tqdm(total=100, desc='experts', disable=None, delay=1, leave=False) as bar:
-            return experts.fill(self.expert_epochs, lambda done: bar.update(round(100*done) - bar.n))
+        return PairExperts(data, self.experts, recipe, self.seed_experts).fill(self.expert_epochs)
 
     def groups_at_once(self, syn, limit_mb=2000):
         "All pairs: the loss compares them with each other."

@@ -11,7 +11,7 @@ from itertools import combinations
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import hp, rng, seeded
+from ..core import counted, hp, rng, seeded
 from ..match import augment
 from ..match.contrast import infonce, same_class, similarities
 from .bank import BankRecipe, bank_entry
@@ -92,7 +92,7 @@ def train_decoupler(data, nets, recipe):
         net = Decoupler({m: x.shape[1] for m, x in h.items()}, data.n_classes, recipe.size, recipe.hidden)
     net = net.to(data.device)
     optimiser = torch.optim.Adam(net.parameters(), recipe.lr)
-    for _ in range(recipe.epochs):
+    for _ in counted(range(recipe.epochs), 'training a decoupler, epoch'):
         for idx in torch.randperm(len(y), generator=gen).to(y.device).split(recipe.batch):
             loss = sum(decoupling_terms(net, {m: x[idx] for m, x in h.items()}, y[idx], recipe).values())
             optimiser.zero_grad(set_to_none=True)

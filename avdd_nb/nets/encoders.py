@@ -12,7 +12,7 @@ import hashlib, json
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import UserError, choose, hp, rng, seed_of, seeded
+from ..core import UserError, choose, counted, hp, rng, seed_of, seeded
 from ..match import augment
 from ..match.contrast import contrast
 from .convnet import build
@@ -123,7 +123,7 @@ def train_joint(data, recipe=JointRecipe()):
     encoder, gen = encoder.to(data.device).train(), rng('joint batches', recipe.seed)
     optimiser = torch.optim.AdamW(encoder.parameters(), recipe.lr)
     falls = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe.lr, max(recipe.updates, 2), pct_start=.1)
-    for _ in range(recipe.updates):
+    for _ in counted(range(recipe.updates), 'training the joint encoder, update'):
         x = data.batch(torch.randperm(len(data), generator=gen)[:recipe.batch].to(data.device))
         x = {m: augment.apply(v, augment.draw(gen, recipe.strategy, n=len(v))) for m, v in x.items()}
         loss = contrast({m: encoder.embed(m, v) for m, v in x.items()}, recipe.temperature)

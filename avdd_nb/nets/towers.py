@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from ..core import UserError, hp, need, rng, seeded
+from ..core import UserError, counted, hp, need, rng, seeded
 from ..match import augment
 from ..match.contrast import TAU, contrast
 from .convnet import ARCHS, build
@@ -134,7 +134,7 @@ def fit_pairs(model, pair_batch, n, recipe, seed, loss_of=None, rates=None, afte
     gen, base = rng('pairs', seed), [g['lr'] for g in optimiser.param_groups]
     loss_of = loss_of or (lambda z, rows: contrast(z, recipe.tau))
     device = next(model.parameters()).device
-    for e in range(recipe.epochs):
+    for e in counted(range(recipe.epochs), 'training towers, epoch'):
         model.train()
         for g, lr in zip(optimiser.param_groups, base): g['lr'] = lr*(.1 if e >= recipe.drop*recipe.epochs else 1)
         for rows in _batches(n, recipe.batch, gen):

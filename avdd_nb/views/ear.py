@@ -24,17 +24,19 @@ def _sheet(name, mel, spec, limits, still):
     return dict(name=name, image=data_uri(png_of_array(rgb), 'image/png'), still=still,
                 db=np.asarray(mel).round().astype(int).tolist(), seconds=round(np.shape(mel)[1]*spec.hop/spec.sr, 3))
 
-def _data(sounds, spec, limits, stills):
+def _data(sounds, spec, limits, stills, rows=()):
     rows, words = hz_ticks(spec)
     ticks = [dict(at=100*(1 - (r + .5)/spec.n_mels), word=w) for r, w in zip(rows, words)]
     sheets = [_sheet(name, mel, spec, limits, s) for (name, mel, _), s in zip(sounds, stills)]
-    return dict(sounds=sheets, ticks=ticks, hz=band_hz(spec).round().astype(int).tolist())
+    return dict(sounds=sheets, ticks=ticks, hz=band_hz(spec).round().astype(int).tolist(), rows=list(rows))
 
 # %% ../../nbs/views/ear.ipynb #298a27b7
 EAR_PARTS = """
 const players = [...root.plain.querySelectorAll('audio')], part = (name, ...inside) => {
   const made = avdd.say('div', '', {class: `avdd-${name}`}); made.append(...inside); return made; };
-const tabs = part('row'), image = avdd.say('img', '', {alt: ''}), head = part('head'), times = part('times');
+const rows = (data.rows.length ? data.rows : ['']).map(word => {
+  const row = part('row'); if (word) row.append(avdd.say('b', word)); return row; });
+const tabs = part('tabs', ...rows), image = avdd.say('img', '', {alt: ''}), head = part('head'), times = part('times');
 const sheet = part('sheet', image, head), box = part('scope', part('inner', sheet, times)), inner = box.firstChild;
 const axis = part('axis', part('ticks')), status = avdd.say('p', ' ', {class: 'avdd-note'});
 const still = avdd.say('img', '', {class: 'avdd-still', alt: ''}), stage = part('stage', still, axis, box);
@@ -81,7 +83,7 @@ const open = k => {
   audio().pause();
   now = k;
   players.forEach((player, i) => player.hidden = i !== k);
-  [...tabs.children].forEach((tab, i) => tab.setAttribute('aria-pressed', i === k));
+  tabs.querySelectorAll('button').forEach((tab, i) => tab.setAttribute('aria-pressed', i === k));
   image.src = data.sounds[k].image;
   still.hidden = !data.sounds[k].still;
   if (data.sounds[k].still) still.src = data.sounds[k].still;
@@ -94,8 +96,12 @@ const open = k => {
 
 # %% ../../nbs/views/ear.ipynb #08ded674
 EAR_EVENTS = """
-data.sounds.forEach((sound, k) => { const tab = avdd.say('button', sound.name, {type: 'button'});
-  tab.onclick = () => open(k); if (data.sounds.length > 1) tabs.append(tab); });
+data.sounds.forEach((sound, k) => {
+  const row = Math.floor(k*rows.length/data.sounds.length), name = `${data.rows[row] || ''} ${sound.name}`.trim();
+  const tab = avdd.say('button', sound.name, {type: 'button', 'aria-label': name});
+  tab.onclick = () => open(k);
+  if (data.sounds.length > 1) rows[row].append(tab);
+});
 const zoomers = part('row');
 [['▶ play / pause', toggle], ['zoom in', () => stretch(2)], ['zoom out', () => stretch(.5)]].forEach(([word, act]) => {
   const button = avdd.say('button', word, {type: 'button'});
@@ -149,10 +155,11 @@ EAR_LOOK = """<style>
 </style>"""
 
 # %% ../../nbs/views/ear.ipynb #c36c8e92
-def sounds_ear(sounds, spec, limits=None, stills=None, alt=''):
+def sounds_ear(sounds, spec, limits=None, stills=None, alt='', rows=()):
     """A `Picture` of `sounds` [(name, log-mel (F, T) in dB, wave (samples,))], one shown at a time, with a play-head.
 
-    limits: (low, high) in dB of the colours; stills: PNG bytes (or b'') that belong to each sound.
+    limits: (low, high) in dB of the colours; stills: PNG bytes (or b'') that belong to each sound; rows: names of rows
+    that the sounds are told in, as many in each.
     """
     if not sounds: raise UserError('there is no sound to show')
     sounds = [(str(n), np.asarray(mel, np.float32).reshape(np.shape(mel)[-2:]), w) for n, mel, w in sounds]
@@ -160,10 +167,11 @@ def sounds_ear(sounds, spec, limits=None, stills=None, alt=''):
     uris = [data_uri(png, 'image/png') if png else '' for png in stills or [b'']*len(sounds)]
     still = lambda: sounds_still(sounds[:4], spec, limits)
     def html():
-        plain = ''.join(player(w, spec.sr, n) for n, _, w in sounds)
+        told = [f'{rows[k*len(rows)//len(sounds)]} {n}' if rows else n for k, (n, *_) in enumerate(sounds)]
+        plain = ''.join(player(w, spec.sr, n) for n, (*_, w) in zip(told, sounds))
         picture = f'<img src="{data_uri(still(), "image/png")}" alt="" style="max-width:100%">'
         script = EAR_PARTS + EAR_MOVES + EAR_TABS + EAR_EVENTS
-        return EAR_LOOK + element('ear', _data(sounds, spec, limits, uris), script, picture + plain, alt or 'sounds')
+        return EAR_LOOK + element('ear', _data(sounds, spec, limits, uris, rows), script, picture + plain, alt or 'sounds')
     return Picture(None, still, html, alt or f'spectrograms with players: {", ".join(n for n, *_ in sounds)}', 300)
 
 # %% ../../nbs/views/ear.ipynb #342bed17
@@ -178,10 +186,10 @@ def _sound_name(modalities):
     if name is None: raise UserError(f'none of the modalities {sorted(modalities)} is a spectrogram to listen to')
     return name
 
-def pairs_ear(tensors, modalities, names, limits=None, waves=None):
+def pairs_ear(tensors, modalities, names, limits=None, waves=None, rows=()):
     """A `Picture` of pairs `tensors` (modality → normalised (N, *shape)) called `names`, each heard with its picture.
 
-    waves: number of a pair → its recorded wave, to be heard instead of its log-mel's inversion."""
+    waves: number of a pair → its recorded wave, to be heard instead of its log-mel's inversion; rows: as `sounds_ear`."""
     sound = _sound_name(modalities)
     kind, spec = modalities[sound], spec_of(modalities[sound])
     mel = kind.denormalise(tensors[sound].detach().cpu().float())
@@ -192,7 +200,7 @@ def pairs_ear(tensors, modalities, names, limits=None, waves=None):
         parts = render({m: tensors[m][i] for m in other}, other, limits).values() if other else ()
         stills.append(next((p.png for p in parts if p.png), b''))
     return sounds_ear([(n, m[0], w) for n, m, w in zip(names, mel, made)], spec, (limits or {}).get(sound), stills,
-                      f'{len(mel)} pairs to hear: {", ".join(map(str, names))}')
+                      f'{len(mel)} pairs to hear: {", ".join(map(str, names))}', rows)
 
 def tiles_ear(syn, pair=0):
     "A `Picture` of the tiles of the stored synthetic pair number `pair`, each seen and heard."
@@ -230,17 +238,19 @@ def run_ear(run, pair=0, data=None, record=None):
         states = (dict(original=real) if record else {}) | {'round trip': real} | states
     tensors = {m: torch.stack([s[m].detach() for s in states.values()], 1).flatten(0, 1) for m in now}
     tiles = len(next(iter(now.values())))
-    words = [(f'tile {k + 1}, ' if tiles > 1 else '') + when for k in range(tiles) for when in states]
-    return pairs_ear(tensors, syn.modalities, words, limits_of(start),
-                     None if waves is None else {k*len(states): w for k, w in enumerate(waves)})
+    rows = [f'tile {k + 1}' for k in range(tiles)] if tiles > 1 else ()
+    return pairs_ear(tensors, syn.modalities, [*states]*tiles, limits_of(start),
+                     None if waves is None else {k*len(states): w for k, w in enumerate(waves)}, rows)
 
 # %% ../../nbs/views/ear.ipynb #ear0rec4
-def recorded(run, root=None):
-    "What `run_ear` needs to play recordings: the run's real pairs and a function ids → waves; (None, None) without."
+def recorded(run, root=None, load=None):
+    """What `run_ear` needs to play recordings: the run's real pairs and a function ids → waves; (None, None) without.
+
+    load: (run, root) → the run's `Splits`, for callers that have them."""
     from avdd_nb.data import catalog
     from avdd_nb.runs import load_run
     config = load_run(run)[0]
     if not catalog.SOURCES[config.dataset].sounds: return None, None
-    data = catalog.load(config.dataset, root, **config.data).train
+    data = (load(run, root) if load else catalog.load(config.dataset, root, **config.data)).train
     spec = spec_of(data.modalities[_sound_name(data.modalities)])
     return data, lambda ids: catalog.recordings(config.dataset, ids, spec, root, **config.data)
