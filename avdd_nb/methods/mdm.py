@@ -6,6 +6,7 @@
 __all__ = ['JOINT', 'cluster_picks', 'Look', 'MergedLooks', 'ClippedSGD', 'PairLearner', 'start_tensors', 'MDM']
 
 # %% ../../nbs/methods/mdm.ipynb #87644747
+import warnings
 from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,11 @@ from ..synset import SyntheticSet
 def cluster_picks(points, k, seed=0):
     "Rows (k,) of unit vectors `points` (n, D): of each K-means cluster the one nearest its centre, none twice."
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
     if k > len(points): raise UserError(f"{k} pairs are asked for, but there are {len(points)}: lower the budget.")
-    centres = KMeans(k, n_init=1, max_iter=50, random_state=seed).fit(points.cpu().numpy()).cluster_centers_
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', ConvergenceWarning)          # equal points make fewer clusters: no harm here
+        centres = KMeans(k, n_init=1, max_iter=50, random_state=seed).fit(points.cpu().numpy()).cluster_centers_
     near = points.cpu() @ F.normalize(torch.from_numpy(centres).to(points.dtype), dim=1).T
     picks = []
     for column in near.T:
