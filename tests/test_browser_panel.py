@@ -56,6 +56,14 @@ def slide(page, name, key='ArrowRight'):
     return row.locator('.widget-readout').inner_text()
 
 
+def type_in(page, name, value):
+    "Types a value into the box of the field `name`."
+    box = page.locator('.widget-inline-hbox', has=page.get_by_text(name, exact=True)).first.locator('input')
+    box.fill(str(value))
+    box.press('Tab')
+    page.wait_for_timeout(300)
+
+
 def distil_and_stop(page, shots):
     page.screenshot(path=shots/'panel.png')
     assert slide(page, 'factor') == '2'
@@ -141,12 +149,13 @@ def test_a_chapter_from_top_to_bottom(browser, lab, tmp_path, name):
     run_all(page, seconds=240)
     button(page, 'Distil').scroll_into_view_if_needed()
     page.screenshot(path=tmp_path/f'{name}.png')
+    if name != 'selection': type_in(page, 'steps', 2000)                            # long enough to be stopped
     press(page, 'Distil')
     if name == 'selection': wait_for_news(page, 'finished')
     else:
         page.wait_for_function(f'({POINTS})() > 2', timeout=400_000)       # some train networks first
         press(page, 'Stop')
-        wait_for_news(page, 'stopped.*step|finished')
+        wait_for_news(page, 'stopped.*step')
     page.screenshot(path=tmp_path/f'{name}-distilled.png')
     page.close()
     assert browser.outside == []
