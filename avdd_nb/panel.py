@@ -54,7 +54,7 @@ class Panel(W.VBox):
         word = W.Label('preset', layout=W.Layout(width='4.5em', display='flex', justify_content='flex-end'))
         presets = W.HBox([word, self.presets], layout=W.Layout(margin='4px 0'))
         column = lambda parts, **look: W.VBox(parts, layout=W.Layout(min_width='0', **look))
-        sides = [column([inside], flex='1 1 21em', max_height='50em', overflow='auto'),
+        sides = [column([inside], flex='1 1 21em', max_height='64em', overflow='auto'),
                  column([self.guess, self.watch.top], flex='3 1 36em', overflow='visible')]
         body = W.Box(sides, layout=W.Layout(flex_flow='row wrap', align_items='flex-start', grid_gap='0 16px',
                                             width='auto', overflow='visible'))
@@ -81,22 +81,21 @@ def _devices():
 @patch
 def _head(self: Panel, method, dataset, settings):
     "The first row: what, from what, how much."
-    look = lambda name, tip: dict(description=name, tooltip=tip, style=dict(description_width='4.5em'),
-                                  layout=W.Layout(width='auto', min_width='0'))
+    look = lambda name, tip, room=11: dict(description=name, tooltip=tip, style=dict(description_width='4.5em'),
+                                           layout=W.Layout(width='auto', min_width='0', flex=f'{room} 1 {room}em'))
     limit = jobs.quota()
     count = lambda name, tip, value, low, high: W.BoundedIntText(
         value=value, min=low, max=high or 10**6, continuous_update=False, **look(name, tip))
-    self.dataset = W.Dropdown(options=list(SOURCES), value=dataset, **look('data', 'What is distilled'))
-    self.method = W.Dropdown(options=list(methods()), value=method, **look('method', 'How it is distilled'))
+    self.dataset = W.Dropdown(options=list(SOURCES), value=dataset, **look('data', 'What is distilled', 17))
+    self.method = W.Dropdown(options=list(methods()), value=method, **look('method', 'How it is distilled', 14))
     self.ipc = count('ipc', 'Synthetic pairs per class', settings['ipc'], 1, limit.ipc)
     self.steps = count('steps', 'Distillation steps', settings['steps'] or 100, 0, limit.steps)
     self.seed = W.BoundedIntText(value=settings['seed'], min=0, max=2**31, continuous_update=False,
                                  **look('seed', 'Of everything that is drawn'))
     self.device = W.Dropdown(options=_devices(), value=settings['device'], **look('device', 'Where it computes'))
     for w in (self.ipc, self.steps, self.seed, self.device): w.observe(lambda c: self._changed(), 'value')
-    grid = W.Layout(display='grid', grid_template_columns='repeat(auto-fill, minmax(min(100%, 12.5em), 1fr))',
-                    grid_gap='2px 12px', width='auto', overflow='visible')
-    self.head = W.Box([self.dataset, self.method, self.ipc, self.steps, self.seed, self.device], layout=grid)
+    self.head = W.Box([self.dataset, self.method, self.ipc, self.steps, self.seed, self.device],
+                      layout=W.Layout(flex_flow='row wrap', grid_gap='2px 8px', width='auto', overflow='visible'))
     self.presets = W.ToggleButtons(options=['quick'], layout=W.Layout(width='auto'), style=dict(button_width='auto'))
     self._given = settings['steps']
     self.presets.observe(lambda c: None if self._quiet else self._preset(), 'value')

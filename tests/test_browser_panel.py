@@ -106,6 +106,15 @@ def test_panel_in_jupyterlab(browser, lab, tmp_path):
     page.screenshot(path=tmp_path/'map.png')
     [run] = (folder/'runs').iterdir()
     assert heard == sound_of(run, 5)
+    button(page, 'ear').click()
+    page.locator('avdd-ear').wait_for(state='attached', timeout=60_000)
+    assert page.locator('.avdd-tabs b').all_inner_texts() == [f'tile {k}' for k in range(1, 5)]
+    last = page.locator('.avdd-tabs .avdd-row').last.get_by_role('button')
+    assert last.all_inner_texts() == ['original', 'round trip', 'start', 'now']
+    last.last.click()
+    assert page.locator('.avdd-player audio:not([hidden])').get_attribute('aria-label') == 'tile 4 now'
+    page.locator('avdd-ear').scroll_into_view_if_needed()
+    page.screenshot(path=tmp_path/'ear.png')
     page.close()
     assert browser.outside == []
 

@@ -25,8 +25,7 @@ def _sheet(name, mel, spec, limits, still):
                 db=np.asarray(mel).round().astype(int).tolist(), seconds=round(np.shape(mel)[1]*spec.hop/spec.sr, 3))
 
 def _data(sounds, spec, limits, stills, rows=()):
-    rows, words = hz_ticks(spec)
-    ticks = [dict(at=100*(1 - (r + .5)/spec.n_mels), word=w) for r, w in zip(rows, words)]
+    ticks = [dict(at=100*(1 - (band + .5)/spec.n_mels), word=word) for band, word in zip(*hz_ticks(spec))]
     sheets = [_sheet(name, mel, spec, limits, s) for (name, mel, _), s in zip(sounds, stills)]
     return dict(sounds=sheets, ticks=ticks, hz=band_hz(spec).round().astype(int).tolist(), rows=list(rows))
 
