@@ -135,8 +135,8 @@ def _new_data(self: Panel, options=None):
     self.data_form = OptionsForm(SOURCES[self.dataset.value], self._data if options is None else options)
     self.data_form.on_change(self._changed)
     ready, state = SOURCES[self.dataset.value].state(self.root)
-    note = '' if ready else say(f'{state}. Needed: {SOURCES[self.dataset.value].needs}.', 'bad')
-    self.data_box.children = [W.HTML(say(SOURCES[self.dataset.value].about) + note), self.data_form]
+    self._lacking = '' if ready else say(f'{state}. Needed: {SOURCES[self.dataset.value].needs}.', 'bad')
+    self.data_box.children = [W.HTML(say(SOURCES[self.dataset.value].about)), self.data_form]
     self._changed()
 
 # %% ../nbs/panel.ipynb #8f834528
@@ -206,7 +206,7 @@ def _changed(self: Panel):
     at = jobs.standing(folder)
     if at.phase != 'new' and folder != self.watch.run:
         told = f'A run with these settings exists ({at.phase}): Distil shows it, or goes on with it.'
-    self.guess.value = say(told)
+    self.guess.value = self._lacking + say(told)
 
 # %% ../nbs/panel.ipynb #b0ded029
 @patch

@@ -112,7 +112,7 @@ def test_panel_in_jupyterlab(browser, lab, tmp_path):
     last = page.locator('.avdd-tabs .avdd-row').last.get_by_role('button')
     assert last.all_inner_texts() == ['original', 'round trip', 'start', 'now']
     last.last.click()
-    assert page.locator('.avdd-player audio:not([hidden])').get_attribute('aria-label') == 'tile 4 now'
+    assert page.locator('.avdd-player audio:not([hidden])').get_attribute('aria-label').startswith('tile 4 now')
     page.locator('avdd-ear').scroll_into_view_if_needed()
     page.screenshot(path=tmp_path/'ear.png')
     page.close()
