@@ -117,7 +117,8 @@ LOOK = """<style>
 .avdd-log { max-height: 260px; overflow: auto; font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere;
   background: rgba(128,128,128,.12); padding: 8px; border-radius: 6px; line-height: 1.35; margin: 0; }
 .avdd-table table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.avdd-table th, .avdd-table td { padding: 3px 12px; text-align: left; border-bottom: 1px solid rgba(128,128,128,.4); }
+.avdd-table th, .avdd-table td { padding: 3px 12px; text-align: left; white-space: nowrap;
+  border-bottom: 1px solid rgba(128,128,128,.4); }
 </style>"""
 
 

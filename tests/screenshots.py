@@ -15,7 +15,7 @@ from test_browser_views import click_point
 LINE = ("panel('avdd', steps=120, ipc=1, data=dict(n_train=600, n_test=300), width=24, "
         "evaluation=dict(seeds=2, epochs=100, epochs_whole=10, width=16))")
 PANEL = '.jp-OutputArea-output .widget-vbox >> nth=0'
-VIEW = dict(width=1280, height=3400)
+VIEW = dict(width=1660, height=2600)
 
 
 def keep(page, path, top=None):
@@ -25,7 +25,7 @@ def keep(page, path, top=None):
     panel = page.locator(PANEL)
     picture = Image.open(io.BytesIO(panel.screenshot())).convert('RGB')
     above = round(top.bounding_box()['y'] - panel.bounding_box()['y']) - 4 if top else 0
-    picture.crop((0, max(0, above), *picture.size)).save(path, optimize=True)
+    picture.crop((0, max(0, above), *picture.size)).quantize(256).save(path, optimize=True)
     print(f'{path.stat().st_size/1000:6.0f} kB  {path}', flush=True)
 
 
