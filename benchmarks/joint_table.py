@@ -9,10 +9,9 @@ The committed rows are of the default sizes; at IPC 1 with `--archs LeNet AlexNe
 IPC 10 and 20. All of it takes about two hours of one core.
 
 Tune first: the table takes each method's best step size from benchmarks/results/joint_tuning.csv. Every method gets the
-same number of step sizes (DAVDD-style's weights had trials of their own: --ablate), and none sees the test data.
-Every cell (data set, method, budget, seed) is a run folder with one file of rows for each measure; what is there is
-never done twice. After each cell benchmarks/results/joint.csv is
-written anew, whole or not at all.
+same number of step sizes (DAVDD-style's weights had trials of their own: --ablate), and none sees the test data. Every
+cell (data set, method, budget, seed) is a run folder with one file of rows for each measure; what is there is never
+done twice. After each cell benchmarks/results/joint.csv is written anew, whole or not at all.
 """
 import argparse
 import sys

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from avdd_nb import jobs, plugins
 from avdd_nb.controls import Form, control
-from avdd_nb.core import UserError, hp
+from avdd_nb.core import UserError, hp, listening
 from avdd_nb.runs import load_run, make_config, run
 from avdd_nb.store import lock, read_json, write_json
 from avdd_nb.watch import clock, shell_line, watch
@@ -52,6 +52,18 @@ def test_a_killed_run_says_so_and_goes_on_to_the_same_bits(tmp_path):
     whole, mine = load_run(tmp_path/'whole')[1], load_run(out)[1]
     assert all(torch.equal(whole.tensors[m], mine.tensors[m]) for m in mine.tensors)
     assert 'avdd distill' in shell_line(out) and '--set width=8' in shell_line(out)
+
+
+def test_a_run_says_what_it_prepares_before_its_first_step(tmp_path, monkeypatch):
+    monkeypatch.setenv('AVDD_CACHE', str(tmp_path/'cache'))
+    config, heard = tiny(2, init='herding', features='trained', width=4), []
+    with listening(lambda words: heard.append(dict(doing=words))):
+        jobs.distil(tmp_path/'run', lambda **facts: heard.append(facts), dataclasses.asdict(config))
+    words = [h['doing'] for h in heard if h.get('phase') != 'running' and 'doing' in h]
+    trained = [w for w in words if w.startswith('training a classifier, epoch ')]
+    assert trained and trained[-1].split()[-3] == trained[-1].split()[-1] == str(len(trained))
+    steps = [h for h in heard if h.get('phase') == 'running']
+    assert heard[-2:] == steps and all(h['doing'] == '' for h in steps)
 
 
 def test_a_failure_is_one_sentence_in_the_view():
