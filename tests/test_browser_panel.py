@@ -205,8 +205,12 @@ def test_a_class_distils_in_voila(browser, classroom, tmp_path):
     home, address = classroom
     page = browser.new_page()
     page.goto(address)                                                              # the list of chapters
+    chapter = page.get_by_role('link', name='DM a chapter')
+    assert 'theme' not in chapter.get_attribute('href')
+    page.emulate_media(color_scheme='dark')
+    page.reload()
     page.screenshot(path=tmp_path/'list.png')
-    page.get_by_role('link', name='DM a chapter').click()
+    chapter.click()
     distil_and_stop(page, tmp_path)
     page.reload()                                                                   # a new kernel finds the run again
     page.screenshot(path=tmp_path/'again.png')
@@ -218,6 +222,8 @@ def test_a_class_distils_in_voila(browser, classroom, tmp_path):
     assert page.get_by_role('link', name='not served').count() == 0
     page.get_by_role('link', name='the other one').click()                          # from page to page
     page.get_by_role('heading', name='AVDD: another').wait_for(timeout=60_000)
+    assert page.url.endswith('?theme=dark')                                         # from the list, through the other page
+    assert page.evaluate("document.body.dataset.jpThemeLight") == 'false'
     page.get_by_role('link', name='All chapters').click()
     page.get_by_role('link', name='DM a chapter').wait_for(timeout=30_000)
     page.close()
