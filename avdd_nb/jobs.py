@@ -151,7 +151,7 @@ def begin(config, root=None, device='cpu'):
 # %% ../nbs/jobs.ipynb #40a4d145
 @dataclass
 class Standing:
-    "Where a job stands: `phase`, finished `step` of `steps`, `loss`, `seconds`, `memory_mb`, `pace` (s a step); `doing`: before that."
+    "Where a job stands: `phase`, finished `step` of `steps`, `loss`, `seconds`, `memory_mb`, `pace` (s a step), what it is `doing`."
     phase: str = 'new'
     step: int = 0
     steps: int = 0
