@@ -151,7 +151,9 @@ def begin(config, root=None, device='cpu'):
 # %% ../nbs/jobs.ipynb #40a4d145
 @dataclass
 class Standing:
-    "Where a job stands: `phase`, finished `step` of `steps`, `loss`, `seconds`, `memory_mb`, `pace` (s a step), what it is `doing`."
+    """Where a job stands: `phase`, finished `step` of `steps`, `loss`, `seconds`, `memory_mb`, `pace` (s a step).
+
+    doing: what it prepares, in words."""
     phase: str = 'new'
     step: int = 0
     steps: int = 0

@@ -169,8 +169,8 @@ def sounds_ear(sounds, spec, limits=None, stills=None, alt='', rows=()):
         told = [f'{rows[k*len(rows)//len(sounds)]} {n}' if rows else n for k, (n, *_) in enumerate(sounds)]
         plain = ''.join(player(w, spec.sr, n) for n, (*_, w) in zip(told, sounds))
         picture = f'<img src="{data_uri(still(), "image/png")}" alt="" style="max-width:100%">'
-        script = EAR_PARTS + EAR_MOVES + EAR_TABS + EAR_EVENTS
-        return EAR_LOOK + element('ear', _data(sounds, spec, limits, uris, rows), script, picture + plain, alt or 'sounds')
+        script, data = EAR_PARTS + EAR_MOVES + EAR_TABS + EAR_EVENTS, _data(sounds, spec, limits, uris, rows)
+        return EAR_LOOK + element('ear', data, script, picture + plain, alt or 'sounds')
     return Picture(None, still, html, alt or f'spectrograms with players: {", ".join(n for n, *_ in sounds)}', 300)
 
 # %% ../../nbs/views/ear.ipynb #342bed17
@@ -188,7 +188,8 @@ def _sound_name(modalities):
 def pairs_ear(tensors, modalities, names, limits=None, waves=None, rows=()):
     """A `Picture` of pairs `tensors` (modality → normalised (N, *shape)) called `names`, each heard with its picture.
 
-    waves: number of a pair → its recorded wave, to be heard instead of its log-mel's inversion; rows: as `sounds_ear`."""
+    waves: number of a pair → its recorded wave, to be heard instead of its log-mel's inversion; rows: see `sounds_ear`.
+    """
     sound = _sound_name(modalities)
     kind, spec = modalities[sound], spec_of(modalities[sound])
     mel = kind.denormalise(tensors[sound].detach().cpu().float())
