@@ -104,7 +104,7 @@ class Looks(W.VBox):
     def __init__(self, runs, root=None, first=None, evaluation=None):
         self.runs, self.root, self._evaluation = [Path(r) for r in runs], root, evaluation or {}
         self.views, self.made = (ONE if len(self.runs) == 1 else SEVERAL), {}
-        self._turn, self._thread = threading.Lock(), None
+        self._turn, self._thread, self._measuring = threading.Lock(), None, None
         self.choice = W.ToggleButtons(options=list(self.views), value=first, layout=W.Layout(width='auto'),
                                       style=dict(button_width='auto'))
         self.note, self.stage = W.HTML(), W.VBox([], layout=W.Layout(width='auto', overflow='visible'))
@@ -122,13 +122,19 @@ class Looks(W.VBox):
         elif name in self.made: self.stage.children = [self.made[name]]
         else:
             self.stage.children = [W.HTML(say(f'{name}: on its way …', 'running'))]
-            self._thread = threading.Thread(target=self._make, args=[name], daemon=True)
-            self._thread.start()
+            self._thread = _begin(self._make, name)
 
     def wait(self):
-        "Comes back when the view that was opened last is there."
+        "Comes back when measurements that were asked for are done, and the view that was opened last is there."
+        if self._measuring: self._measuring.join()
         if self._thread: self._thread.join()
         return self
+
+def _begin(call, *args):
+    "A thread that is at work on `call(*args)`."
+    thread = threading.Thread(target=call, args=args, daemon=True)
+    thread.start()
+    return thread
 
 # %% ../nbs/looks.ipynb #42e6e2a8
 def _button(text, tip, call):
@@ -183,7 +189,7 @@ def _measure(self: Looks):
     try:
         for run in todo: jobs.start(run, 'evaluate', **asked)
     except UserError as e: self.note.value = say(str(e), 'bad')
-    threading.Thread(target=self._await, args=[todo], daemon=True).start()
+    self._measuring = _begin(self._await, todo)
 
 @patch
 def _await(self: Looks, todo):
