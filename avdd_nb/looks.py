@@ -130,13 +130,13 @@ class Looks(W.VBox):
         if self._thread: self._thread.join()
         return self
 
+# %% ../nbs/looks.ipynb #42e6e2a8
 def _begin(call, *args):
     "A thread that is at work on `call(*args)`."
     thread = threading.Thread(target=call, args=args, daemon=True)
     thread.start()
     return thread
 
-# %% ../nbs/looks.ipynb #42e6e2a8
 def _button(text, tip, call):
     made = W.Button(description=text, tooltip=tip, layout=W.Layout(width='auto'))
     made.on_click(lambda _: call())

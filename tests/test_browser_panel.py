@@ -222,7 +222,7 @@ def test_a_class_distils_in_voila(browser, classroom, tmp_path):
     assert page.get_by_role('link', name='not served').count() == 0
     page.get_by_role('link', name='the other one').click()                          # from page to page
     page.get_by_role('heading', name='AVDD: another').wait_for(timeout=60_000)
-    assert page.url.endswith('?theme=dark')                                         # from the list, through the other page
+    assert page.url.endswith('?theme=dark')                                         # handed on from page to page
     assert page.evaluate("document.body.dataset.jpThemeLight") == 'false'
     page.get_by_role('link', name='All chapters').click()
     page.get_by_role('link', name='DM a chapter').wait_for(timeout=30_000)
